@@ -1,0 +1,89 @@
+"""What a command line owes a person: every failure is one line on stderr and a status that is not 0.
+
+0 done; 1 the run failed; 2 something that was typed or given is wrong; 130 interrupted. With HYDRA_FULL_ERROR=1 the
+traceback is shown as well.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from gaplab.config import did_you_mean
+from gaplab.errors import TrainingError, UserError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a `hydra.main` function and exit with its status."""
+    show_traceback = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
+    try:
+        main()
+    except Exception as error:
+        if show_traceback:
+            raise
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def job(task: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let a single run end by `report`; in a multirun errors pass, for the sweep to record them."""
+
+    @wraps(task)
+    def guarded(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        try:
+            task(cfg)
+        except (UserError, TrainingError) as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            sys.exit(report(error))
+
+    return guarded
+
+
+def report(error: Exception) -> int:
+    """Print `error` as one line; the exit status for it."""
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 1 if isinstance(error, TrainingError) else 2
+
+
+def explain(error: BaseException) -> str:
+    """One line for any error, in the words of the config keys where it came from composing the config."""
+    from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        options = [option for option in error.options if option != "schema"]
+        return f"{group}={choice}: {did_you_mean(choice, options)}choose one of {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not understood; expected key=value, quoted where the shell needs it"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        parent, known = cause.full_key.rpartition(".")[0], _keys(cause.parent_node)
+        return f"{cause.full_key}: no such key{f' in {parent}' if parent else ''}; {did_you_mean(cause.key, known)}known: {', '.join(known)}"
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key}: {_first_line(cause)}" if cause.full_key else _first_line(cause)
+    if isinstance(error, ConfigCompositionException | UserError | TrainingError):
+        return _first_line(error)
+    if isinstance(error, OSError):
+        return str(error)
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _keys(node: Any) -> list[str]:
+    return sorted(str(name) for name in (node or {}) if not str(name).startswith("_") and name != "hydra")

@@ -1,0 +1,452 @@
+"""Every key of a run: its type, default, meaning and range, and the one pass that checks them.
+
+The dataclasses are registered with Hydra's ConfigStore, so that types and misspelled keys are refused while the config
+is composed; `check` then refuses values out of range and fields that exclude each other. Nothing heavy is imported.
+"""
+
+import ctypes
+import hashlib
+import json
+import math
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gaplab.errors import UserError
+from gaplab.targets import check_target
+
+PROJECT = Path(__file__).resolve().parents[2]
+UNSET = "???"  # OmegaConf's mark of a value that a config file must give
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers; `ends` says which ends belong to it, as in "[)"."""
+
+    low: float
+    high: float = math.inf
+    ends: str = "[]"
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"a finite number {'≥' if self.ends[0] == '[' else '>'} {self.low:g}"
+        return f"a number in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+
+
+def key(default: Any, doc: str, allowed: Range | tuple[str, ...] | None = None) -> Any:
+    """A dataclass field: its default, a sentence of what it is (unit included), and the values it may take."""
+    metadata = {"doc": doc, "allowed": allowed}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+INITIALIZERS = (
+    "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal", "normal", "uniform",
+    "trunc_normal", "zeros", "lsuv",
+)  # fmt: skip
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid")
+RESNETS = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+POSITIVE = Range(1)
+COUNT_OR_FRACTION = Range(0, ends="()")
+
+
+@dataclass
+class Model:
+    """A network and its toggles. A class of your own gets those of `in_shape`, `num_classes`, `layers`, `kwargs` and
+    the keys below that its constructor names."""
+
+    _target_: str = key(UNSET, "Class of the network, a torch.nn.Module.")
+    name: str = key(UNSET, "Short name, used in run names.")
+    bn: bool = key(False, "BatchNorm after every hidden linear and convolutional layer.")
+    bn_position: str = key(
+        "before_activation",
+        "Normalize before the activation, as the paper does, or after it.",
+        ("before_activation", "after_activation"),
+    )
+    bn_momentum: float = key(0.1, "Weight of the newest batch in the running statistics.", Range(0, 1, "(]"))
+    bn_eps: float = key(1e-5, "Added to the variance under the root.", Range(0, ends="()"))
+    dropout: float = key(0.0, "Probability of dropping a unit.", Range(0, 1, "[)"))
+    init: str = key("kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS)
+    init_gain: float = key(1.0, "Factor on the initializer's own scale.", Range(0, ends="()"))
+    init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", Range(0, ends="()"))
+    activation: str = key("relu", "Activation function.", ACTIVATIONS)
+    kwargs: dict[str, Any] = key({}, "Further constructor arguments for a network of your own.")
+
+
+@dataclass
+class MLP(Model):
+    hidden_dims: list[int] = key([64, 128, 64], "Units in each hidden layer.", POSITIVE)
+
+
+@dataclass
+class CNN(Model):
+    widths: list[int] = key([32, 64], "Channels of each stage: 3x3 convolution, then 2x2 max pooling.", POSITIVE)
+    hidden_dims: list[int] = key([128], "Units in each hidden dense layer after the convolutions.", POSITIVE)
+
+
+@dataclass
+class ResNet(Model):
+    depth: int = key(20, "Layers: 6n+2 (three stages, for CIFAR) or 18 (four stages).", Range(8))
+    widths: list[int] | None = key(
+        None, "Channels of each stage; null means [16, 32, 64], or [64, 128, 256, 512] at depth 18.", POSITIVE
+    )
+
+
+@dataclass
+class TorchvisionResNet(Model):
+    arch: str = key("resnet18", "torchvision's name of the network.", RESNETS)
+
+
+@dataclass
+class Data:
+    name: str = key(UNSET, "Short name, used in run names.")
+    root: str = key(UNSET, "Folder that holds the data.")
+    batch_size: int = key(128, "Samples per optimizer step (per gradient, with accumulation).", POSITIVE)
+    eval_batch_size: int = key(1024, "Samples per batch of the honest evaluation; no effect on the result.", POSITIVE)
+    valid_size: float = key(0.1, "Validation samples held out of the official training part: a count, or a fraction below 1.", COUNT_OR_FRACTION)  # fmt: skip
+    train_size: float | None = key(None, "Training samples to keep, stratified and nested: a count, a fraction below 1, or null for all.", COUNT_OR_FRACTION)  # fmt: skip
+    label_noise: float = key(0.0, "Share of training labels replaced by another class at random.", Range(0, 1))
+    normalize: str = key(
+        "standardize",
+        "Pixels in [0, 1] as they are, with the training mean subtracted, or as standard scores; per channel.",
+        ("none", "center", "standardize"),
+    )
+    augment: str = key(
+        "none",
+        "Random changes of training images: shift by up to crop_padding pixels, mirror left-right, both.",
+        ("none", "crop", "flip", "crop_flip"),
+    )
+    crop_padding: int = key(4, "Largest shift of augment=crop, in pixels.", POSITIVE)
+
+
+@dataclass
+class TorchvisionData(Data):
+    _target_: str = key(UNSET, "Class of the data set, a torch.utils.data.Dataset.")
+    root: str = key(str(PROJECT / "data"), "Folder that holds the data, in torchvision's layout; what is missing is downloaded.")
+    train_kwargs: dict[str, Any] = key({"train": True}, "Arguments that select its official training part.")
+    test_kwargs: dict[str, Any] = key({"train": False}, "Arguments that select its official test part.")
+    num_train: int | None = key(None, "Size of the official training part, if known beforehand.", POSITIVE)
+
+
+@dataclass
+class ImageFolder(Data):
+    root: str = key(UNSET, "Folder that holds one sub-folder a class, or train/, valid/ and test/ above them.")
+    image_size: int = key(64, "Pictures are scaled and centre-cropped to this many pixels, height and width.", Range(8, 1024))
+    channels: int = key(3, "3 for colour, 1 for grey.", Range(1, 3))
+    skip_broken: bool = key(False, "Leave unreadable pictures out instead of stopping.")
+    memory_budget_gb: float = key(4.0, "Decoded pictures above this many GB are streamed from disk.", Range(0))
+    workers: int = key(2, "Processes that decode pictures.", Range(0, 256))
+
+
+@dataclass
+class Optimizer:
+    _target_: str = key(UNSET, "Class of the optimizer, a torch.optim.Optimizer.")
+    lr: float = key(1e-3, "Learning rate.", Range(0, ends="()"))
+    weight_decay: float = key(0.0, "Weight decay.", Range(0))
+    decay_norm_and_bias: bool = key(False, "Apply weight decay to BatchNorm parameters and biases too.")
+
+
+@dataclass
+class Adam(Optimizer):
+    betas: list[float] = key([0.9, 0.999], "Decay of the two running averages of the gradient.", Range(0, 1, "[)"))
+    eps: float = key(1e-8, "Added to the denominator.", Range(0, ends="()"))
+
+
+@dataclass
+class SGD(Optimizer):
+    lr: float = key(0.1, "Learning rate.", Range(0, ends="()"))
+    momentum: float = key(0.9, "Momentum.", Range(0, 1, "[)"))
+    nesterov: bool = key(False, "Nesterov momentum.")
+
+
+@dataclass
+class Scheduler:
+    name: str = key("constant", "Course of the learning rate.", ("constant", "cosine", "one_cycle", "step"))
+
+
+@dataclass
+class Cosine(Scheduler):
+    min_lr: float = key(0.0, "Learning rate at the end.", Range(0))
+
+
+@dataclass
+class OneCycle(Scheduler):
+    pct_start: float = key(0.3, "Share of the steps in which the rate rises to optimizer.lr.", Range(0, 1, "()"))
+
+
+@dataclass
+class Step(Scheduler):
+    step_size: int = key(10, "Epochs between two drops.", POSITIVE)
+    gamma: float = key(0.1, "Factor of each drop.", Range(0, 1, "(]"))
+
+
+@dataclass
+class Trainer:
+    max_epochs: int = key(10, "Epochs to train.", POSITIVE)
+    accelerator: str = key("auto", "Where to compute.", ("auto", "cpu", "cuda", "gpu", "mps"))
+    devices: int = key(1, "Devices to train on; this version trains on one.", POSITIVE)
+    precision: str = key("32-true", "Number format, in Lightning's terms.", ("32-true", "bf16-mixed", "64-true"))
+    deterministic: bool = key(False, "Refuse operations whose result varies from run to run (CUDA).")
+    early_stopping: int | None = key(None, "Stop after this many epochs without a better valid/acc; null never.", POSITIVE)
+    gradient_clip_val: float | None = key(None, "Largest L2 norm of the gradient; null for no limit.", Range(0, ends="()"))
+    accumulate_grad_batches: int = key(1, "Mini-batches whose gradients make one optimizer step.", POSITIVE)
+    threads: int | None = key(None, "CPU threads of one operation; null for torch's own choice.", Range(1, 1024))
+    chunk_size: int = key(50, "Optimizer steps per call into Lightning; no effect on the result.", POSITIVE)
+
+
+@dataclass
+class Tracking:
+    """`tracking=none`: the run folder alone."""
+
+
+@dataclass
+class MLflow(Tracking):
+    uri: str = key(UNSET, "Tracking store: sqlite:///<absolute path>, http(s)://…, postgresql://…")
+    artifacts: str | None = key(None, "Where a new experiment keeps its artifacts; null for the server's choice.")
+    experiment: str = key("gaplab", "MLflow experiment.")
+    tags: dict[str, str] = key({}, "Further tags of the run.")
+    register: bool = key(False, "Register the model of best.ckpt as a new version of the model 'gaplab'.")
+
+
+@dataclass
+class Paths:
+    outputs: str = key(str(PROJECT / "outputs"), "Folder for runs, sweeps and the tracking store.")
+
+
+@dataclass
+class Config:
+    """One run, fully said."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    trainer: Trainer = field(default_factory=Trainer)
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+    seed: int = key(0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1))
+    name: str | None = key(None, "Name of the run; null to say what it is.")
+    allowed_targets: list[str] = key(["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name.")
+
+
+SCHEMAS: dict[str, tuple[type, ...]] = {
+    "model": (Model, MLP, CNN, ResNet, TorchvisionResNet),
+    "data": (TorchvisionData, ImageFolder),
+    "optimizer": (Optimizer, Adam, SGD),
+    "scheduler": (Scheduler, Cosine, OneCycle, Step),
+    "trainer": (Trainer,),
+    "tracking": (Tracking, MLflow),
+}
+
+
+def slug(text: str) -> str:
+    """`text` as a file name that needs no quoting anywhere, at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")[:80]
+
+
+def register() -> None:
+    """Make the schemas known to Hydra: `schema` itself, and `schema: <class name>` for the files of each group."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("token", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for classes in SCHEMAS.values():
+        for schema in classes:
+            store.store(group="schema", name=schema.__name__, node=schema)
+
+
+def from_hydra(cfg: Any) -> Config:
+    """The typed, checked config of a composed one. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    try:
+        config = OmegaConf.to_object(cfg)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
+    assert isinstance(config, Config)
+    _refuse_additions(cfg, config)
+    check(config)
+    return config
+
+
+def _refuse_additions(cfg: Any, config: Any, prefix: str = "") -> None:
+    """`+key=value` adds past a schema, and would be ignored without a word."""
+    known = [item.name for item in fields(config)]
+    for name in cfg:
+        if name not in known:
+            raise UserError(f"{prefix}{name}: no such key; {did_you_mean(name, known)}known: {', '.join(known)}")
+        if is_dataclass(value := getattr(config, name)):
+            _refuse_additions(cfg[name], value, f"{prefix}{name}.")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as a file that Hydra can run again, schemas included."""
+    from omegaconf import OmegaConf
+
+    schemas = [f"- schema@{group}: {type(getattr(config, group)).__name__}" for group in SCHEMAS]
+    defaults = "\n".join(["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_"])
+    return f"{defaults}\n\n{OmegaConf.to_yaml(OmegaConf.structured(config))}"
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model.bn": True, …}`: the leaves of a (nested) dataclass instance or dict, lists kept whole."""
+    pairs = asdict(config).items() if is_dataclass(config) and not isinstance(config, type) else config.items()
+    flat: dict[str, Any] = {}
+    for name, value in pairs:
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _said(config: Config) -> dict[str, Any]:
+    """What decides the numbers: not where things lie, nor how the run is called or tracked."""
+    where = ("tracking.", "paths.", "name", "data.root", "allowed_targets")
+    return {name: value for name, value in flatten(config).items() if not name.startswith(where)}
+
+
+def config_hash(config: Config) -> str:
+    return _digest(_said(config))
+
+
+def condition(config: Config) -> str:
+    """Hash of all that the config says except its seed: equal for the replicates of one condition."""
+    return _digest({name: value for name, value in _said(config).items() if name != "seed"})
+
+
+def run_name(config: Config) -> str:
+    """What the run is, for people: `mlp bn dropout=0.5 orthogonal s0`."""
+    if config.name:
+        return config.name
+    model, parts = config.model, [config.model.name]
+    if config.data.name != "mnist":
+        parts.append(config.data.name)
+    if model.bn:
+        parts.append("bn" if model.bn_position == "before_activation" else "bn-after")
+    if model.dropout:
+        parts.append(f"dropout={model.dropout:g}")
+    if model.init != Model.init:
+        parts.append(model.init)
+    return " ".join([*parts, f"s{config.seed}"])
+
+
+def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata.get("allowed")
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
+    for name, value, allowed in _walk(config):
+        if allowed is None or value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if one not in allowed:
+                if isinstance(allowed, Range):
+                    raise UserError(f"{name}={one}: must be {allowed}")
+                raise UserError(f"{name}={one}: {did_you_mean(one, allowed)}choose one of {', '.join(allowed)}")
+
+    model, data, trainer = config.model, config.data, config.trainer
+    check_target(model._target_, config.allowed_targets, "model._target_")
+    check_target(config.optimizer._target_, config.allowed_targets, "optimizer._target_")
+    if isinstance(data, TorchvisionData):
+        check_target(data._target_, config.allowed_targets, "data._target_")
+        if data.num_train is not None:
+            sizes(data, data.num_train)
+    if isinstance(data, ImageFolder) and data.channels == 2:
+        raise UserError("data.channels=2: must be 1 (grey) or 3 (colour)")
+    if isinstance(model, ResNet):
+        if model.depth != 18 and model.depth % 6 != 2:
+            raise UserError(f"model.depth={model.depth}: must be 18 or 6n+2 (8, 14, 20, 26, 32, 44, 56, 110 …)")
+        stages = 4 if model.depth == 18 else 3
+        if model.widths is not None and len(model.widths) != stages:
+            raise UserError(f"model.widths={model.widths}: depth {model.depth} has {stages} stages, give {stages} numbers")
+    if isinstance(config.optimizer, Adam) and len(config.optimizer.betas) != 2:
+        raise UserError(f"optimizer.betas={config.optimizer.betas}: must be two numbers")
+    if isinstance(config.optimizer, SGD) and config.optimizer.nesterov and config.optimizer.momentum == 0:
+        raise UserError("optimizer.nesterov=true: needs optimizer.momentum above 0")
+    if model.bn and data.batch_size == 1:
+        raise UserError("data.batch_size=1: BatchNorm (model.bn=true) needs at least 2 samples in a batch")
+    _check_devices(trainer)
+    if isinstance(config.tracking, MLflow):
+        scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
+        known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+        if scheme not in known or "://" not in config.tracking.uri:
+            raise UserError(f"tracking.uri={config.tracking.uri}: must begin with one of {', '.join(f'{one}://' for one in known)}")
+    if not config.allowed_targets:
+        raise UserError("allowed_targets=[]: nothing could be built")
+
+
+def sizes(data: Data, available: int) -> tuple[int, int]:
+    """Samples of the train and the valid split, out of `available` in the official training part. Raises UserError."""
+
+    def count(name: str, value: float) -> int:
+        if value >= 1 and value != int(value):
+            raise UserError(f"data.{name}={value:g}: a count must be whole; a fraction must be below 1")
+        found = int(value) if value >= 1 else round(value * available)
+        if found < 1:
+            raise UserError(f"data.{name}={value:g}: less than one of {available} samples")
+        return found
+
+    valid = count("valid_size", data.valid_size)
+    if valid >= available:
+        raise UserError(f"data.valid_size={data.valid_size:g}: {data.name} has {available} training samples, some must remain to train on")  # fmt: skip
+    if data.train_size is None:
+        return available - valid, valid
+    train = count("train_size", data.train_size)
+    if train + valid > available:
+        raise UserError(f"data.train_size={data.train_size:g}: {available - valid} samples remain beside {valid} for validation")  # fmt: skip
+    return train, valid
+
+
+def cuda_devices() -> int:
+    """CUDA devices that the driver offers this process, without importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def _check_devices(trainer: Trainer) -> None:
+    if trainer.accelerator == "mps" and sys.platform != "darwin":
+        raise UserError("trainer.accelerator=mps: this is no Apple machine; use auto or cpu")
+    cuda = cuda_devices() if trainer.accelerator in ("auto", "cuda", "gpu") else 0
+    if trainer.accelerator in ("cuda", "gpu") and cuda == 0:
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: no CUDA device here; use auto or cpu")
+    if trainer.devices > 1:
+        there = f"{cuda} CUDA device{'s' * (cuda != 1)}" if cuda else "1 device"
+        raise UserError(f"trainer.devices={trainer.devices}: there is {there} here, and this version trains on 1")
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """`did you mean "bn"? `, or nothing when no known word is near."""
+    import difflib
+
+    near = difflib.get_close_matches(str(word), [str(one) for one in known], n=1, cutoff=0.6)
+    return f'did you mean "{near[0]}"? ' if near else ""
+

@@ -1,0 +1,163 @@
+"""The data of a run: sources, splits, statistics and loaders."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from gaplab.config import Data, ImageFolder, TorchvisionData, sizes
+from gaplab.data.datasets import load_dataset
+from gaplab.data.loader import Batch, ChunkLoader, EpochOrder, augmentation
+from gaplab.data.pictures import find_pictures, load_pictures
+from gaplab.data.resident import Source
+from gaplab.data.splits import noisy_labels, split
+from gaplab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Split:
+    """Samples of a source: `indices` int64 (n,), and `labels` int64 (N,) of the whole source, noise included."""
+
+    source: Source
+    indices: Tensor
+    labels: Tensor
+
+
+class DataModule(LightningDataModule):
+    """The splits `train`, `valid` and, where there is one, `test`.
+
+    Args:
+        splits: by name.
+        classes: names of the K classes.
+        data: the config group.
+        seed: the run's seed.
+        chunk_size: mini-batches in a chunk.
+        drop_single: see `ChunkLoader`.
+
+    Attributes:
+        mean, std: float64 (C,) over the train split alone, in units of [0, 1]; 0 and 1 as far as `normalize` leaves
+            them out.
+    """
+
+    def __init__(
+        self, splits: dict[str, Split], classes: list[str], data: Data, seed: int, chunk_size: int, drop_single: bool
+    ) -> None:
+        super().__init__()
+        self.splits = splits
+        self.classes = classes
+        self.in_shape = splits["train"].source.in_shape
+        self._data = data
+        self._seed = seed
+        mean, std = splits["train"].source.moments(splits["train"].indices)
+        self.mean = torch.zeros_like(mean) if data.normalize == "none" else mean
+        self.std = std if data.normalize == "standardize" else torch.ones_like(std)
+        sampler = EpochOrder(splits["train"].indices, seed)
+        self._loader = ChunkLoader(self._read_train, sampler, data.batch_size, chunk_size, drop_single)
+        if self._loader.steps == 0:
+            raise UserError(f"data.batch_size={data.batch_size}: the train split has one sample, too few for BatchNorm")
+        if self._loader.drops_single:
+            log.warning("the last training batch of each epoch has one sample, too few for BatchNorm: it is left out")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Mini-batches in an epoch."""
+        return self._loader.steps
+
+    def setup(self, stage: str) -> None:
+        """Move what is resident to the training device; Lightning calls this."""
+        assert self.trainer is not None
+        self.to_(self.trainer.strategy.root_device)
+
+    def to_(self, device: torch.device) -> None:
+        for part in self.splits.values():
+            part.source.to_(device)
+            part.labels = part.labels.to(device)
+
+    def save_splits(self, path: Path) -> None:
+        """Indices of `train` and `valid` into the official training part (a folder: into its pictures sorted by name)."""
+        np.savez(path, train=self.splits["train"].indices.numpy(), valid=self.splits["valid"].indices.numpy())
+
+    def train_dataloader(self) -> ChunkLoader:
+        return self._loader
+
+    def batches(self, name: str) -> Iterator[Batch]:
+        """Every sample of a split once, in the order of its indices, unaugmented: images uint8 (B, C, H, W), labels (B,)."""
+        yield from _read(self.splits[name], list(self.splits[name].indices.split(self._data.eval_batch_size)))
+
+    def _read_train(self, batches: list[Tensor], epoch: int) -> Iterator[Batch]:
+        stream = _read(self.splits["train"], batches)
+        if self._data.augment == "none":
+            yield from stream
+            return
+        augment = augmentation(self._data.augment, self._data.crop_padding, self._seed, epoch)
+        for number, (images, labels) in enumerate(stream):
+            yield augment(images, number), labels
+
+
+def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:
+    for indices, images in zip(batches, part.source.images(batches), strict=True):
+        yield images, part.labels[indices.to(part.labels.device)]
+
+
+def build_datamodule(
+    data: Data, seed: int, chunk_size: int = 50, drop_single: bool = False, allowed_targets: list[str] | None = None
+) -> DataModule:
+    """Read the data that a config group describes, and split them. Raises UserError."""
+    if isinstance(data, ImageFolder):
+        source, parts, classes = _image_folder(data)
+        test_source: Source = source
+    else:
+        assert isinstance(data, TorchvisionData)
+        source, test_source, classes = load_dataset(
+            data._target_, data.root, data.train_kwargs, data.test_kwargs, allowed_targets or ["torchvision"]
+        )
+        parts = {"train": np.arange(len(source.labels)), "test": np.arange(len(test_source.labels))}
+        if data.num_train not in (None, len(source.labels)):
+            raise UserError(f"data.num_train={data.num_train}: {data.name} in {data.root} has {len(source.labels)}")
+    labels = source.labels.numpy()
+    official = parts["train"]
+    if "valid" in parts:
+        num_train = sizes_beside(data, len(official))
+        train, valid = official[split(labels[official], num_train, 0, seed)[0]], parts["valid"]
+    else:
+        chosen = split(labels[official], *sizes(data, len(official)), seed)
+        train, valid = official[chosen[0]], official[chosen[1]]
+    noisy = noisy_labels(labels, train, data.label_noise, len(classes), seed)
+    splits = {
+        "train": Split(source, torch.from_numpy(train), torch.from_numpy(noisy)),
+        "valid": Split(source, torch.from_numpy(valid), source.labels),
+    }
+    if len(parts.get("test", [])):
+        splits["test"] = Split(test_source, torch.from_numpy(parts["test"]), test_source.labels)
+    return DataModule(splits, classes, data, seed, chunk_size, drop_single)
+
+
+def sizes_beside(data: Data, available: int) -> int:
+    """Samples of the train split when `valid/` holds the other one."""
+    if data.train_size is None:
+        return available
+    wanted = int(data.train_size) if data.train_size >= 1 else round(data.train_size * available)
+    if not 1 <= wanted <= available:
+        raise UserError(f"data.train_size={data.train_size:g}: the training part has {available} samples")
+    return wanted
+
+
+def _image_folder(data: ImageFolder) -> tuple[Source, dict[str, np.ndarray], list[str]]:
+    found = find_pictures(Path(data.root).expanduser())
+    source, folder, broken = load_pictures(
+        found, data.image_size, data.channels, data.skip_broken, data.memory_budget_gb, data.workers
+    )
+    for name in broken:
+        log.warning("left out: %s", name)
+    marks = np.array(folder.parts)
+    parts = {part: np.flatnonzero(marks == part) for part in ("train", "valid", "test") if (marks == part).any()}
+    if "test" not in parts:
+        log.warning("%s has no test/ folder: no test accuracy will be measured", data.root)
+    return source, parts, folder.classes

@@ -1,0 +1,104 @@
+"""torchvision's data sets, and any other `torch.utils.data.Dataset`, as uint8 tensors."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.utils import calculate_md5
+
+from gaplab.data.resident import Resident
+from gaplab.errors import UserError
+from gaplab.targets import accepted, load_class
+
+
+def load_dataset(
+    target: str, root: str, train_kwargs: dict[str, Any], test_kwargs: dict[str, Any], allowed_targets: list[str]
+) -> tuple[Resident, Resident, list[str]]:
+    """The official training part, the official test part and the class names of the data set that `target` names.
+
+    Archives that are there are verified first; what is missing is downloaded and unpacked by torchvision. Raises
+    UserError for a missing folder, a wrong checksum (naming the file and touching nothing) or data of another kind.
+    """
+    dataset_class = load_class(target, allowed_targets, Dataset, "data._target_")
+    if not Path(root).is_dir():
+        raise UserError(f"data.root={root}: no such folder")
+    parts = []
+    with _locked(Path(root)):
+        verify_archives(dataset_class, Path(root))
+        for kwargs in (train_kwargs, test_kwargs):
+            try:
+                parts.append(dataset_class(**accepted(dataset_class, {"root": root, "download": True} | kwargs)))
+            except (OSError, RuntimeError, EOFError, ValueError, AssertionError, TypeError) as error:
+                reason = str(error).strip().replace("\n", " ") or type(error).__name__
+                raise UserError(
+                    f"data.root={root}: {dataset_class.__name__} is neither there in a readable form nor to be "
+                    f"downloaded ({reason[:300]}); a damaged unpacked file is made anew when you delete it"
+                ) from None
+    train, test = (to_tensors(part) for part in parts)
+    classes = getattr(parts[0], "classes", None) or [str(label) for label in range(int(train.labels.max()) + 1)]
+    return train, test, [str(name) for name in classes]
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Let one process at a time unpack. A folder that cannot be written needs no lock, for nothing is unpacked there."""
+    try:
+        lock = FileLock(root / ".gaplab.lock")
+        lock.acquire()
+    except OSError:
+        yield
+        return
+    with lock:
+        lock.release()
+        yield
+
+
+def verify_archives(dataset_class: Any, root: Path) -> None:
+    """Compare the archives that lie there with the MD5 sums that the class publishes. Raises UserError."""
+    published: list[tuple[Path, str]] = []
+    if hasattr(dataset_class, "resources"):  # MNIST and its kin
+        folder = root / dataset_class.__name__ / "raw"
+        published += [(folder / name, md5) for name, md5 in dataset_class.resources]
+    if hasattr(dataset_class, "tgz_md5"):  # CIFAR
+        published.append((root / dataset_class.filename, dataset_class.tgz_md5))
+    if hasattr(dataset_class, "split_list"):  # SVHN
+        published += [(root / name, md5) for _, name, md5 in dataset_class.split_list.values()]
+    for path, md5 in published:
+        if path.is_file() and (found := calculate_md5(str(path))) != md5:
+            raise UserError(f"{path}: damaged, its MD5 sum is {found} instead of {md5}; replace or delete it")
+
+
+def to_tensors(dataset: Any) -> Resident:
+    """A map-style data set as `Resident`: from its `data` and `targets` (or `labels`), or picture by picture.
+
+    Raises UserError for pictures of different sizes or values that are not uint8.
+    """
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if hasattr(dataset, "data") and labels is not None:
+        pixels = torch.as_tensor(np.asarray(dataset.data))
+        if pixels.ndim == 3:  # (N, H, W)
+            pixels = pixels.unsqueeze(1)
+        elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3):  # (N, H, W, C)
+            pixels = pixels.permute(0, 3, 1, 2)
+    else:
+        samples = [(_picture(image), int(label)) for image, label in (dataset[i] for i in range(len(dataset)))]
+        if len({image.shape for image, _ in samples}) != 1:
+            raise UserError(f"data._target_: {type(dataset).__name__} holds pictures of different sizes, or none")
+        pixels, labels = torch.stack([image for image, _ in samples]), [label for _, label in samples]
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        raise UserError(f"data._target_: {type(dataset).__name__} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures")
+    return Resident(pixels, torch.as_tensor(np.asarray(labels), dtype=torch.int64).flatten())
+
+
+def _picture(image: Any) -> Tensor:
+    """A PIL picture (H, W) or (H, W, C), or a tensor (C, H, W), as uint8 (C, H, W)."""
+    if isinstance(image, Tensor):
+        return image
+    pixels = torch.as_tensor(np.array(image))
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)

@@ -1,0 +1,106 @@
+"""An epoch as chunks of mini-batches, in an order that (seed, epoch) alone decides."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gaplab.seeding import derive_seed
+
+Batch = tuple[Tensor, Tensor]
+Augment = Callable[[Tensor, int], Tensor]
+
+
+class EpochOrder:
+    """A sampler: the order of `indices` in the epoch that `set_epoch` names. Lightning calls it by itself."""
+
+    def __init__(self, indices: Tensor, seed: int) -> None:
+        self.indices = indices
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """A permutation of the indices, int64 (N,)."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+
+class Chunk:
+    """The next `steps` mini-batches of an epoch, each read when it is used: gathered ahead, they would leave the cache."""
+
+    def __init__(self, batches: Iterator[Batch], steps: int) -> None:
+        self._batches = batches
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self._batches, self._steps)
+
+    def __len__(self) -> int:
+        return self._steps
+
+
+class ChunkLoader:
+    """Iterates over the chunks of an epoch.
+
+    Args:
+        read: from index tensors (B,) to batches of images uint8 (B, C, H, W) and labels int64 (B,).
+        sampler: order of the samples.
+        batch_size: samples in a mini-batch; the last one of an epoch may hold fewer.
+        chunk_size: mini-batches in a chunk.
+        drop_single: leave out a last mini-batch of one sample, whose variance BatchNorm could not tell.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[list[Tensor], int], Iterator[Batch]],
+        sampler: EpochOrder,
+        batch_size: int,
+        chunk_size: int,
+        drop_single: bool,
+    ) -> None:
+        self.read = read
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.chunk_size = chunk_size
+        count = len(sampler.indices)
+        self.drops_single = drop_single and count % batch_size == 1
+        self.steps = -(-count // batch_size) - self.drops_single
+
+    def __len__(self) -> int:
+        return -(-self.steps // self.chunk_size)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        batches = list(self.sampler.order().split(self.batch_size))[: self.steps]
+        stream = self.read(batches, self.sampler.epoch)
+        for start in range(0, self.steps, self.chunk_size):
+            yield Chunk(stream, min(self.chunk_size, self.steps - start))
+
+
+def augmentation(kind: str, padding: int, seed: int, epoch: int) -> Augment:
+    """A function of uint8 images (B, C, H, W) and the number of their batch in the epoch: each picture changed on its own.
+
+    `kind` is "crop" (shifted by up to `padding` pixels, zeros moving in), "flip" (mirrored left-right with probability
+    one half) or "crop_flip". What is drawn depends on (seed, epoch, batch) alone, on any device.
+    """
+
+    def augment(images: Tensor, batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "augment", epoch, batch))
+        count, _, height, width = images.shape
+        device = images.device
+        if "crop" in kind:
+            top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator).to(device)
+            rows = (top + torch.arange(height, device=device))[:, :, None]  # (B, H, 1)
+            columns = (left + torch.arange(width, device=device))[:, None, :]  # (B, 1, W)
+            padded = torch.nn.functional.pad(images, (padding,) * 4)
+            which = torch.arange(count, device=device)[:, None, None]
+            images = padded[which, :, rows, columns].permute(0, 3, 1, 2)  # indexed: (B, H, W, C)
+        if "flip" in kind:
+            mirrored = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5).to(device)
+            images = torch.where(mirrored, images.flip(3), images)
+        return images
+
+    return augment

@@ -1,0 +1,185 @@
+"""A folder of pictures, one sub-folder a class: found, decoded alike, kept in memory or streamed from disk."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gaplab.data.resident import Resident, Source, moments, pixel_sums
+from gaplab.errors import UserError
+
+ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+
+
+@dataclass
+class Folder:
+    """What lies in a folder of pictures: files, their class and the part (train, valid, test) that they are in."""
+
+    files: list[Path]
+    labels: list[int]
+    parts: list[str]
+    classes: list[str]
+
+
+def find_pictures(root: Path) -> Folder:
+    """The pictures below `root/<class>/`, or below `root/<part>/<class>/` when there is a `root/train`, sorted by name.
+
+    Raises UserError for a missing or empty folder, a class without a picture, a single class, or a class that only
+    `valid` or `test` has.
+    """
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such folder")
+    parts = {"train": root}
+    if (root / "train").is_dir():
+        parts = {ALIASES[path.name]: path for path in _folders(root) if path.name in ALIASES}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    classes = [path.name for path in _folders(parts["train"])]
+    found = Folder([], [], [], classes)
+    if not classes:
+        raise UserError(f"data.root={root}: empty; expected one sub-folder of pictures for each class")
+    if len(classes) == 1:
+        raise UserError(f"data.root={root}: a single class ({classes[0]}); at least two are needed")
+    for part, folder in parts.items():
+        for class_folder in _folders(folder):
+            if class_folder.name not in classes:
+                raise UserError(f"{class_folder}: a class that train/ does not have")
+            files = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+            if not files and part == "train":
+                raise UserError(f"{class_folder}: no picture in this class folder")
+            found.files += files
+            found.labels += [classes.index(class_folder.name)] * len(files)
+            found.parts += [part] * len(files)
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def decode(path: Path, size: int, channels: int) -> Tensor:
+    """A picture file of any mode as uint8 (channels, size, size): scaled by its shorter side, then cut to its middle.
+
+    The camera's orientation is applied, 16-bit grey keeps its upper 8 bits, transparency is laid on white. Raises
+    OSError or ValueError when the file is no picture, is cut off, or is unreasonably large.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits in one channel, which convert() would clip
+                picture = Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            elif picture.mode == "F":
+                raise ValueError("floating-point pixels have no defined range")
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+class PictureFiles(Dataset[tuple[Tensor, str]]):
+    """Decoded pictures by index, each with an empty string, or zeros with the reason why it could not be read."""
+
+    def __init__(self, files: list[Path], size: int, channels: int) -> None:
+        self.files = files
+        self.size = size
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return decode(self.files[index], self.size, self.channels), ""
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), reason
+
+
+class Streamed:
+    """A `Source` on disk: pictures are decoded when they are needed, in the order asked for, by worker processes.
+
+    Args:
+        pictures: the files.
+        labels: int64 (N,).
+        sums: `pixel_sums` of each picture, int64 (N, 2, C), so that statistics need no second reading.
+        workers: number of processes; 0 decodes in this one.
+    """
+
+    def __init__(self, pictures: PictureFiles, labels: Tensor, sums: Tensor, workers: int) -> None:
+        self.pictures = pictures
+        self.labels = labels
+        self.in_shape = (pictures.channels, pictures.size, pictures.size)
+        self._sums = sums
+        self._workers = workers
+        self._device = torch.device("cpu")
+
+    def images(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        loader = _loader(self.pictures, [indices.tolist() for indices in batches], self._workers)
+        for images, reasons in loader:
+            if broken := next(filter(None, reasons), None):
+                raise UserError(f"data.root: a picture became unreadable during the run ({broken})")
+            yield images.to(self._device, non_blocking=True)
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return moments(self._sums[indices], len(indices) * self.in_shape[1] * self.in_shape[2])
+
+    def digest(self) -> str:
+        whole = hashlib.sha256(self._sums.numpy())
+        whole.update(self.labels.numpy())
+        whole.update("\0".join(path.name for path in self.pictures.files).encode())
+        return whole.hexdigest()[:16]
+
+    def to_(self, device: torch.device) -> None:
+        self._device = device
+
+
+def _loader(pictures: PictureFiles, batches: list[list[int]], workers: int) -> DataLoader[tuple[Tensor, str]]:
+    generator = torch.Generator().manual_seed(0)  # the loader would otherwise draw from the run's own stream
+    return DataLoader(pictures, batch_sampler=batches, num_workers=workers, generator=generator)
+
+
+def load_pictures(
+    folder: Folder, size: int, channels: int, skip_broken: bool, memory_budget_gb: float, workers: int
+) -> tuple[Source, Folder, list[str]]:
+    """Every picture read once: a `Source` over them, the folder without broken ones, and the names of those.
+
+    In memory when `memory_budget_gb` holds them all decoded, else streamed. Raises UserError that lists the unreadable
+    files unless `skip_broken`.
+    """
+    files = PictureFiles(folder.files, size, channels)
+    keep = len(files) * channels * size * size <= memory_budget_gb * 1e9
+    pixels = torch.empty(len(files) if keep else 0, channels, size, size, dtype=torch.uint8)
+    sums = torch.empty(len(files), 2, channels, dtype=torch.int64)
+    broken: dict[int, str] = {}
+    order = torch.arange(len(files)).split(64)
+    for indices, (images, reasons) in zip(order, _loader(files, [part.tolist() for part in order], workers), strict=True):
+        if keep:
+            pixels[indices] = images
+        sums[indices] = torch.stack([pixel_sums(image[None]) for image in images])
+        broken |= {int(index): reason for index, reason in zip(indices, reasons, strict=True) if reason}
+    names = [f"{folder.files[index]} ({reason})" for index, reason in broken.items()]
+    if broken and not skip_broken:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        raise UserError(f"unreadable pictures: {'; '.join(names[:10])}{more}; remove them, or set data.skip_broken=true")
+    good = [index for index in range(len(files)) if index not in broken]
+    if broken:
+        folder = Folder(
+            [folder.files[i] for i in good], [folder.labels[i] for i in good], [folder.parts[i] for i in good], folder.classes
+        )
+        for label, name in enumerate(folder.classes):
+            if label not in (found for found, part in zip(folder.labels, folder.parts, strict=True) if part == "train"):
+                raise UserError(f"class {name}: every picture of it is unreadable")
+    labels = torch.tensor(folder.labels, dtype=torch.int64)
+    if keep:
+        return Resident(pixels[good] if broken else pixels, labels), folder, names
+    return Streamed(PictureFiles(folder.files, size, channels), labels, sums[good], workers), folder, names

@@ -1,0 +1,80 @@
+"""Pictures that fit into memory: one uint8 tensor on the training device."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Pictures by index, wherever they lie. `labels` is int64 (N,) on the CPU; `in_shape` is (C, H, W)."""
+
+    labels: Tensor
+    in_shape: tuple[int, int, int]
+
+    def images(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each int64 (B,) of indices, uint8 (B, C, H, W) on the device."""
+        ...
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel over the pixels of `indices`, float64 (C,), in units of [0, 1]."""
+        ...
+
+    def digest(self) -> str:
+        """16 hex digits that change when a picture or a label does."""
+        ...
+
+    def to_(self, device: torch.device) -> None:
+        """Have `images` give tensors on `device` from now on."""
+        ...
+
+
+class Resident:
+    """A `Source` in memory.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        labels: int64 (N,).
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels = pixels.contiguous()
+        self.labels = labels
+        self.in_shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+
+    def images(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for indices in batches:
+            yield self.pixels[indices]
+
+    def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        sums = [pixel_sums(self.pixels[part]) for part in indices.split(4096)]
+        return moments(sums, len(indices) * self.in_shape[1] * self.in_shape[2])
+
+    def digest(self) -> str:
+        whole = hashlib.sha256(self.pixels.cpu().numpy())
+        whole.update(self.labels.numpy())
+        return whole.hexdigest()[:16]
+
+    def to_(self, device: torch.device) -> None:
+        self.pixels = self.pixels.to(device)
+
+
+def pixel_sums(pixels: Tensor) -> Tensor:
+    """Exact sums of the values and of their squares: uint8 (B, C, H, W) -> int64 (2, C), by way of a histogram."""
+    histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)])  # (C, 256)
+    values = torch.arange(256, device=pixels.device)
+    return torch.stack([(histogram * values).sum(1), (histogram * values.square()).sum(1)])
+
+
+def moments(sums: Iterable[Tensor], pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float64 (C,) in units of [0, 1], from `pixel_sums` over `pixels` pixels a channel.
+
+    A channel without any variation gets the standard deviation 1.
+    """
+    total = sum(sums, torch.zeros((), dtype=torch.int64)).double().cpu()  # (2, C)
+    mean = total[0] / pixels
+    variance = (total[1] / pixels - mean.square()).clamp(min=0)
+    std = torch.where(variance > 0, variance.sqrt(), 255.0)
+    return mean / 255, std / 255

@@ -1,0 +1,119 @@
+"""The pictures of one run, drawn with matplotlib and written as PNG."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+TRAIN, VALID, GREY = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind: Okabe, Ito
+
+
+def save_figures(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> list[Path]:
+    """Draw each figure and write it as `<name>.png`; the paths."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, draw in drawings.items():
+        paths.append(folder / f"{name}.png")
+        draw().savefig(paths[-1], dpi=120, facecolor="white")
+    return paths
+
+
+def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:
+    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` is an epoch from 1."""
+    epochs = np.arange(1, len(history) + 1)
+    column = {name: np.array([row[name] for row in history]) for name in history[0]}
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    marker = "o" if len(epochs) < 25 else None
+    upper.fill_between(epochs, column["valid/acc"], column["train/acc"], color=GREY, alpha=0.2, label="overfitting gap")
+    upper.plot(epochs, column["train/acc"], color=TRAIN, marker=marker, ms=3, label="train")
+    upper.plot(epochs, column["valid/acc"], color=VALID, marker=marker, ms=3, label="valid")
+    upper.plot(epochs, column["train/acc_running"], color=TRAIN, lw=1, ls=":", label="train, running (not the gap's)")
+    upper.axvline(best, color=GREY, lw=0.8, ls="--")
+    upper.annotate(f"best valid: epoch {best}", (best, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", size=8, color=GREY)  # fmt: skip
+    upper.set(ylabel="accuracy", title=title)
+    upper.legend(loc="lower right", fontsize=8)
+    gap, low, high = (100 * column[name] for name in ("gap/acc", "gap/acc_low", "gap/acc_high"))
+    lower.fill_between(epochs, low, high, color=GREY, alpha=0.2, label="95 % interval")
+    lower.plot(epochs, gap, color="black", marker=marker, ms=3)
+    lower.axhline(0, color=GREY, lw=0.8)
+    lower.set(xlabel="epoch", ylabel="gap, pp")
+    lower.legend(loc="upper left", fontsize=8)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], title: str) -> Figure:
+    """Rows are true classes, columns predicted ones; (K, K) counts, coloured by their share of the row."""
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = max(4.5, min(0.5 * len(classes) + 2, 14))
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root lets small errors be seen
+    if len(classes) <= 25:
+        for row, column in np.ndindex(counts.shape):
+            if counts[row, column]:
+                colour = "white" if share[row, column] > 0.4 else "black"
+                axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", size=7, color=colour)
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 3 else 0, size=8)
+        axes.set_yticks(range(len(classes)), classes, size=8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    bar = figure.colorbar(image, ticks=np.sqrt([0, 0.01, 0.1, 0.25, 0.5, 1]), shrink=0.8)
+    bar.ax.set_yticklabels(["0", "1 %", "10 %", "25 %", "50 %", "100 %"], size=8)
+    return figure
+
+
+def worst_mistakes(
+    images: NDArray[np.uint8],
+    labels: Sequence[str],
+    predictions: Sequence[str],
+    confidences: NDArray[np.float64],
+    title: str,
+) -> Figure:
+    """Up to 24 pictures (n, C, H, W), the most confidently wrong first: the true class, the answer and its probability."""
+    columns = 6
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(8, 1.55 * rows + 0.5), layout="constrained")
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.axis("off")
+    for axes, image, label, prediction, confidence in zip(
+        grid.flat, images, labels, predictions, confidences, strict=False
+    ):
+        _show(axes, image)
+        axes.set_title(f"{label}, not {prediction}\n({100 * confidence:.1f} %)", size=8)
+    figure.suptitle(title if len(images) else f"{title}: none", size=10)
+    return figure
+
+
+def normalization(images: NDArray[np.uint8], mean: NDArray[np.float64], std: NDArray[np.float64]) -> Figure:
+    """Three panels of the same pictures (n, C, H, W): pixels in [0, 1], the mean subtracted, standard scores.
+
+    `mean` and `std` are those of the train split per channel, (C,) in units of [0, 1].
+    """
+    pixels = images / 255.0
+    centred = pixels - mean[:, None, None]
+    panels = {
+        "as it is, in [0, 1]": pixels,
+        "mean subtracted": centred,
+        "standard score": centred / std[:, None, None],
+    }
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    grid = figure.subplots(2, 3, height_ratios=[1, 1.6])
+    for (name, values), (top, bottom) in zip(panels.items(), grid.T, strict=True):
+        strip = np.concatenate([*values[:4]], axis=2)
+        low, high = strip.min(), strip.max()
+        _show(top, (255 * (strip - low) / max(high - low, 1e-9)).astype(np.uint8))
+        top.set_title(name, size=10)
+        for channel, colour in zip(range(values.shape[1]), [GREY] if values.shape[1] == 1 else ["r", "g", "b"], strict=False):
+            bottom.hist(values[:, channel].ravel(), bins=60, color=colour, alpha=0.6)
+        bottom.set(yscale="log", xlabel=f"mean {values.mean():.3f}, standard deviation {values.std():.3f}")
+    grid[1, 0].set_ylabel("pixels")
+    return figure
+
+
+def _show(axes, image: NDArray[np.uint8]) -> None:  # type: ignore[no-untyped-def]
+    axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")

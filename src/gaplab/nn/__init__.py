@@ -1,0 +1,1 @@
+"""Networks whose toggles are injected as layer factories."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: a journal on disk, and the same in MLflow."""

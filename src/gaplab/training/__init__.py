@@ -1,0 +1,1 @@
+"""How a network is trained and its gap measured, on Lightning."""

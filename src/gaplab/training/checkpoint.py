@@ -1,0 +1,60 @@
+"""Checkpoints that are whole or absent, with a checksum beside each.
+
+A file is written under a temporary name in its own folder, forced to disk and renamed, so that a crash leaves the old
+one. `<name>.sha256`, written last, is in the format of `sha256sum --check`.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from gaplab.errors import UserError
+
+
+class ChecksumIO(TorchCheckpointIO):
+    """Lightning's checkpoint writer and reader with the promises above."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = _sha256(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        checksum = partial.with_suffix(".sha256")
+        checksum.write_text(f"{digest}  {path.name}\n")
+        os.replace(checksum, _checksum_path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        _checksum_path(Path(path)).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's plain values and tensors; nothing in it is executed. Raises UserError when it is damaged."""
+    checksum = _checksum_path(path)
+    if checksum.is_file() and checksum.read_text().split()[:1] != [_sha256(path)]:
+        raise UserError(f"{path}: damaged, it does not have the checksum in {checksum.name}")
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

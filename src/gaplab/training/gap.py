@@ -1,0 +1,130 @@
+"""The one estimator of accuracy, and the callback that measures the gap with it after every epoch."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from gaplab.metrics import Score, gap
+from gaplab.training.classifier import Batch, Classifier
+
+
+@torch.inference_mode()
+def score(network: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device) -> Score:
+    """Accuracy and mean loss over every sample of `batches`, in eval mode, as one sum over all samples."""
+    training = network.training
+    network.eval()
+    accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(device)
+    loss = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    for images, labels in batches:
+        logits = network(images)  # (B, K)
+        accuracy.update(logits, labels)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum").to(loss.device)
+    network.train(training)
+    correct = int(accuracy.tp.sum())
+    total = correct + int(accuracy.fn.sum())
+    return Score(correct, total, float(loss) / total)
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits float32 (N, K) and labels int64 (N,) of every sample, in eval mode, on the CPU."""
+    training = network.training
+    network.eval()
+    parts = [(network(images).float().cpu(), labels.cpu()) for images, labels in batches]
+    network.train(training)
+    return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What was measured at the end of an epoch, all with the same weights but `running_acc`."""
+
+    number: int  # from 1
+    train: Score
+    valid: Score
+    running_acc: float
+    lr: float
+    epoch_s: float  # the whole epoch, evaluation included
+    eval_s: float  # the evaluation of both splits
+    steps_per_s: float  # training steps alone
+
+    def metrics(self) -> dict[str, float]:
+        """By their public names: fractions, nats, seconds."""
+        found = gap(self.train, self.valid)
+        return {
+            "train/acc": self.train.acc,
+            "valid/acc": self.valid.acc,
+            "gap/acc": found.acc,
+            "gap/acc_low": found.low,
+            "gap/acc_high": found.high,
+            "train/loss": self.train.loss,
+            "valid/loss": self.valid.loss,
+            "gap/loss": self.valid.loss - self.train.loss,
+            "train/acc_running": self.running_acc,
+            "lr": self.lr,
+            "time/epoch_s": self.epoch_s,
+            "time/eval_s": self.eval_s,
+            "time/steps_per_s": self.steps_per_s,
+        }
+
+
+class GapCallback(Callback):
+    """Evaluates both splits at the end of every epoch and logs the metrics, so that checkpoints and early stopping see
+    them.
+
+    Args:
+        batches: every sample of a named split, once.
+        num_classes: K.
+        on_epoch: called with each finished epoch.
+    """
+
+    def __init__(
+        self, batches: Callable[[str], Iterable[Batch]], num_classes: int, on_epoch: Callable[[Epoch], None]
+    ) -> None:
+        self.history: list[Epoch] = []
+        self._batches = batches
+        self._num_classes = num_classes
+        self._on_epoch = on_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self._start = time.perf_counter(), pl_module.train_s
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        evaluation = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            train, valid = (
+                score(pl_module.network, self._batches(split), self._num_classes, pl_module.device)
+                for split in ("train", "valid")
+            )
+        now = time.perf_counter()
+        hits, count = pl_module.running
+        epoch = Epoch(
+            number=trainer.current_epoch + 1,
+            train=train,
+            valid=valid,
+            running_acc=hits / count,
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            epoch_s=now - self._start[0],
+            eval_s=now - evaluation,
+            steps_per_s=pl_module.steps_per_epoch / (pl_module.train_s - self._start[1]),
+        )
+        self.history.append(epoch)
+        pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
+        self._on_epoch(epoch)
+
+    @property
+    def best(self) -> Epoch:
+        """The epoch of the highest valid/acc, the earliest on a tie."""
+        return max(self.history, key=lambda epoch: (epoch.valid.acc, -epoch.number))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,51 @@
+"""Optimizers and learning-rate schedules from their configs."""
+
+from dataclasses import asdict
+
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+from gaplab import config
+from gaplab.errors import UserError
+from gaplab.targets import accepted, load_class
+
+
+def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targets: list[str]) -> Optimizer:
+    """The optimizer over all parameters of `network`, in torch's fused form where there is one.
+
+    Weight decay acts on weights alone; on BatchNorm's parameters and on biases only with `decay_norm_and_bias`. Raises
+    UserError when the class cannot be reached or built.
+    """
+    optimizer_class = load_class(settings._target_, allowed_targets, Optimizer, "optimizer._target_")
+    offered = {name: value for name, value in asdict(settings).items() if name not in ("_target_", "decay_norm_and_bias")}
+    parameters = list(network.parameters())
+    groups = [{"params": parameters}]
+    if settings.weight_decay and not settings.decay_norm_and_bias:
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+    try:
+        return optimizer_class(groups, **accepted(optimizer_class, offered | {"fused": True}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
+
+
+def build_scheduler(
+    optimizer: Optimizer, settings: config.Scheduler, lr: float, total_steps: int, steps_per_epoch: int
+) -> lr_scheduler.LRScheduler | None:
+    """A schedule that is stepped once per optimizer step; None for a constant rate.
+
+    References:
+        Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, arXiv:1608.03983 (cosine).
+        Smith, Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018,
+        arXiv:1708.07120 (one_cycle).
+    """
+    if isinstance(settings, config.Cosine):
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=settings.min_lr)
+    if isinstance(settings, config.OneCycle):
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=settings.pct_start)
+    if isinstance(settings, config.Step):
+        return lr_scheduler.StepLR(optimizer, settings.step_size * steps_per_epoch, settings.gamma)
+    return None

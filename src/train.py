@@ -1,0 +1,18 @@
+"""Train a classifier and measure its overfitting gap: `python src/train.py model.bn=true`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from gaplab import cli, config, launch
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@cli.job
+def main(cfg: DictConfig) -> None:
+    launch.launch(config.from_hydra(cfg), launch.sweep_folder())
+
+
+if __name__ == "__main__":
+    cli.run(main)
