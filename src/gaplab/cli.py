@@ -71,7 +71,10 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, known = cause.full_key.rpartition(".")[0], _keys(cause.parent_node)
-        return f"{cause.full_key}: no such key{f' in {parent}' if parent else ''}; {did_you_mean(cause.key, known)}known: {', '.join(known)}"
+        if parent.endswith((".tags", ".kwargs")):
+            return f"{cause.full_key}: not there yet; add it with a plus sign, +{cause.full_key}=…"
+        where = f" in {parent}" if parent else ""
+        return f"{cause.full_key}: no such key{where}; {did_you_mean(cause.key, known)}known: {', '.join(known)}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {_first_line(cause)}" if cause.full_key else _first_line(cause)
     if isinstance(error, ConfigCompositionException | UserError | TrainingError):

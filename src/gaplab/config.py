@@ -79,7 +79,9 @@ class Model:
     bn_momentum: float = key(0.1, "Weight of the newest batch in the running statistics.", Range(0, 1, "(]"))
     bn_eps: float = key(1e-5, "Added to the variance under the root.", Range(0, ends="()"))
     dropout: float = key(0.0, "Probability of dropping a unit.", Range(0, 1, "[)"))
-    init: str = key("kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS)
+    init: str = key(
+        "kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS
+    )
     init_gain: float = key(1.0, "Factor on the initializer's own scale.", Range(0, ends="()"))
     init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", Range(0, ends="()"))
     activation: str = key("relu", "Activation function.", ACTIVATIONS)
@@ -115,9 +117,17 @@ class Data:
     name: str = key(UNSET, "Short name, used in run names.")
     root: str = key(UNSET, "Folder that holds the data.")
     batch_size: int = key(128, "Samples per optimizer step (per gradient, with accumulation).", POSITIVE)
-    eval_batch_size: int = key(1024, "Samples per batch of the honest evaluation; no effect on the result.", POSITIVE)
-    valid_size: float = key(0.1, "Validation samples held out of the official training part: a count, or a fraction below 1.", COUNT_OR_FRACTION)  # fmt: skip
-    train_size: float | None = key(None, "Training samples to keep, stratified and nested: a count, a fraction below 1, or null for all.", COUNT_OR_FRACTION)  # fmt: skip
+    eval_batch_size: int = key(256, "Samples per batch of the honest evaluation; no effect on accuracy.", POSITIVE)
+    valid_size: int | float = key(
+        0.1,
+        "Validation samples held out of the official training part: a count, or a fraction below 1.",
+        COUNT_OR_FRACTION,
+    )
+    train_size: int | float | None = key(
+        None,
+        "Training samples to keep, the smaller inside the larger: a count, a fraction below 1, or null for all.",
+        COUNT_OR_FRACTION,
+    )
     label_noise: float = key(0.0, "Share of training labels replaced by another class at random.", Range(0, 1))
     normalize: str = key(
         "standardize",
@@ -135,7 +145,9 @@ class Data:
 @dataclass
 class TorchvisionData(Data):
     _target_: str = key(UNSET, "Class of the data set, a torch.utils.data.Dataset.")
-    root: str = key(str(PROJECT / "data"), "Folder that holds the data, in torchvision's layout; what is missing is downloaded.")
+    root: str = key(
+        str(PROJECT / "data"), "Folder that holds the data, in torchvision's layout; what is missing is downloaded."
+    )
     train_kwargs: dict[str, Any] = key({"train": True}, "Arguments that select its official training part.")
     test_kwargs: dict[str, Any] = key({"train": False}, "Arguments that select its official test part.")
     num_train: int | None = key(None, "Size of the official training part, if known beforehand.", POSITIVE)
@@ -144,7 +156,7 @@ class TorchvisionData(Data):
 @dataclass
 class ImageFolder(Data):
     root: str = key(UNSET, "Folder that holds one sub-folder a class, or train/, valid/ and test/ above them.")
-    image_size: int = key(64, "Pictures are scaled and centre-cropped to this many pixels, height and width.", Range(8, 1024))
+    image_size: int = key(64, "Pictures are scaled and centre-cropped to this many pixels a side.", Range(8, 1024))
     channels: int = key(3, "3 for colour, 1 for grey.", Range(1, 3))
     skip_broken: bool = key(False, "Leave unreadable pictures out instead of stopping.")
     memory_budget_gb: float = key(4.0, "Decoded pictures above this many GB are streamed from disk.", Range(0))
@@ -200,8 +212,12 @@ class Trainer:
     devices: int = key(1, "Devices to train on; this version trains on one.", POSITIVE)
     precision: str = key("32-true", "Number format, in Lightning's terms.", ("32-true", "bf16-mixed", "64-true"))
     deterministic: bool = key(False, "Refuse operations whose result varies from run to run (CUDA).")
-    early_stopping: int | None = key(None, "Stop after this many epochs without a better valid/acc; null never.", POSITIVE)
-    gradient_clip_val: float | None = key(None, "Largest L2 norm of the gradient; null for no limit.", Range(0, ends="()"))
+    early_stopping: int | None = key(
+        None, "Stop after this many epochs without a better valid/acc; null never.", POSITIVE
+    )
+    gradient_clip_val: float | None = key(
+        None, "Largest L2 norm of the gradient; null for no limit.", Range(0, ends="()")
+    )
     accumulate_grad_batches: int = key(1, "Mini-batches whose gradients make one optimizer step.", POSITIVE)
     threads: int | None = key(None, "CPU threads of one operation; null for torch's own choice.", Range(1, 1024))
     chunk_size: int = key(50, "Optimizer steps per call into Lightning; no effect on the result.", POSITIVE)
@@ -218,7 +234,6 @@ class MLflow(Tracking):
     artifacts: str | None = key(None, "Where a new experiment keeps its artifacts; null for the server's choice.")
     experiment: str = key("gaplab", "MLflow experiment.")
     tags: dict[str, str] = key({}, "Further tags of the run.")
-    register: bool = key(False, "Register the model of best.ckpt as a new version of the model 'gaplab'.")
 
 
 @dataclass
@@ -237,9 +252,13 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     tracking: Tracking = field(default_factory=Tracking)
     paths: Paths = field(default_factory=Paths)
-    seed: int = key(0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1))
+    seed: int = key(
+        0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1)
+    )
     name: str | None = key(None, "Name of the run; null to say what it is.")
-    allowed_targets: list[str] = key(["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name.")
+    allowed_targets: list[str] = key(
+        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
+    )
 
 
 SCHEMAS: dict[str, tuple[type, ...]] = {
@@ -383,7 +402,9 @@ def check(config: Config) -> None:
             raise UserError(f"model.depth={model.depth}: must be 18 or 6n+2 (8, 14, 20, 26, 32, 44, 56, 110 …)")
         stages = 4 if model.depth == 18 else 3
         if model.widths is not None and len(model.widths) != stages:
-            raise UserError(f"model.widths={model.widths}: depth {model.depth} has {stages} stages, give {stages} numbers")
+            raise UserError(
+                f"model.widths={model.widths}: depth {model.depth} has {stages} stages, give {stages} numbers"
+            )
     if isinstance(config.optimizer, Adam) and len(config.optimizer.betas) != 2:
         raise UserError(f"optimizer.betas={config.optimizer.betas}: must be two numbers")
     if isinstance(config.optimizer, SGD) and config.optimizer.nesterov and config.optimizer.momentum == 0:
@@ -395,7 +416,9 @@ def check(config: Config) -> None:
         scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
         known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
         if scheme not in known or "://" not in config.tracking.uri:
-            raise UserError(f"tracking.uri={config.tracking.uri}: must begin with one of {', '.join(f'{one}://' for one in known)}")
+            raise UserError(
+                f"tracking.uri={config.tracking.uri}: must begin with one of {', '.join(f'{one}://' for one in known)}"
+            )
     if not config.allowed_targets:
         raise UserError("allowed_targets=[]: nothing could be built")
 
@@ -413,12 +436,16 @@ def sizes(data: Data, available: int) -> tuple[int, int]:
 
     valid = count("valid_size", data.valid_size)
     if valid >= available:
-        raise UserError(f"data.valid_size={data.valid_size:g}: {data.name} has {available} training samples, some must remain to train on")  # fmt: skip
+        raise UserError(
+            f"data.valid_size={data.valid_size:g}: must be below {available}, the size of {data.name}'s training part"
+        )
     if data.train_size is None:
         return available - valid, valid
     train = count("train_size", data.train_size)
     if train + valid > available:
-        raise UserError(f"data.train_size={data.train_size:g}: {available - valid} samples remain beside {valid} for validation")  # fmt: skip
+        raise UserError(
+            f"data.train_size={data.train_size:g}: {available - valid} samples remain beside {valid} for validation"
+        )
     return train, valid
 
 
@@ -449,4 +476,3 @@ def did_you_mean(word: str, known: Any) -> str:
 
     near = difflib.get_close_matches(str(word), [str(one) for one in known], n=1, cutoff=0.6)
     return f'did you mean "{near[0]}"? ' if near else ""
-

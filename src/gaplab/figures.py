@@ -22,7 +22,7 @@ def save_figures(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> lis
 
 
 def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:
-    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` is an epoch from 1."""
+    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` counts from 1."""
     epochs = np.arange(1, len(history) + 1)
     column = {name: np.array([row[name] for row in history]) for name in history[0]}
     figure = Figure(figsize=(7, 6), layout="constrained")
@@ -32,8 +32,7 @@ def learning_curves(history: list[dict[str, float]], best: int, title: str) -> F
     upper.plot(epochs, column["train/acc"], color=TRAIN, marker=marker, ms=3, label="train")
     upper.plot(epochs, column["valid/acc"], color=VALID, marker=marker, ms=3, label="valid")
     upper.plot(epochs, column["train/acc_running"], color=TRAIN, lw=1, ls=":", label="train, running (not the gap's)")
-    upper.axvline(best, color=GREY, lw=0.8, ls="--")
-    upper.annotate(f"best valid: epoch {best}", (best, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", size=8, color=GREY)  # fmt: skip
+    upper.axvline(best, color=GREY, lw=0.8, ls="--", label=f"best valid: epoch {best}")
     upper.set(ylabel="accuracy", title=title)
     upper.legend(loc="lower right", fontsize=8)
     gap, low, high = (100 * column[name] for name in ("gap/acc", "gap/acc_low", "gap/acc_high"))
@@ -73,7 +72,7 @@ def worst_mistakes(
     confidences: NDArray[np.float64],
     title: str,
 ) -> Figure:
-    """Up to 24 pictures (n, C, H, W), the most confidently wrong first: the true class, the answer and its probability."""
+    """Up to 24 pictures (n, C, H, W), the most confidently wrong first: true class, answer, probability."""
     columns = 6
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(8, 1.55 * rows + 0.5), layout="constrained")
@@ -89,7 +88,7 @@ def worst_mistakes(
 
 
 def normalization(images: NDArray[np.uint8], mean: NDArray[np.float64], std: NDArray[np.float64]) -> Figure:
-    """Three panels of the same pictures (n, C, H, W): pixels in [0, 1], the mean subtracted, standard scores.
+    """The same pictures (n, C, H, W) on one grey scale: pixels in [0, 1], mean subtracted, standard score.
 
     `mean` and `std` are those of the train split per channel, (C,) in units of [0, 1].
     """
@@ -102,14 +101,17 @@ def normalization(images: NDArray[np.uint8], mean: NDArray[np.float64], std: NDA
     }
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     grid = figure.subplots(2, 3, height_ratios=[1, 1.6])
+    low = min(values[:4].min() for values in panels.values())
+    high = max(values[:4].max() for values in panels.values()) + 1e-9
     for (name, values), (top, bottom) in zip(panels.items(), grid.T, strict=True):
         strip = np.concatenate([*values[:4]], axis=2)
-        low, high = strip.min(), strip.max()
-        _show(top, (255 * (strip - low) / max(high - low, 1e-9)).astype(np.uint8))
+        _show(top, (255 * (strip - low) / (high - low)).astype(np.uint8))
         top.set_title(name, size=10)
-        for channel, colour in zip(range(values.shape[1]), [GREY] if values.shape[1] == 1 else ["r", "g", "b"], strict=False):
+        for channel, colour in zip(
+            range(values.shape[1]), [GREY] if values.shape[1] == 1 else ["r", "g", "b"], strict=False
+        ):
             bottom.hist(values[:, channel].ravel(), bins=60, color=colour, alpha=0.6)
-        bottom.set(yscale="log", xlabel=f"mean {values.mean():.3f}, standard deviation {values.std():.3f}")
+        bottom.set(yscale="log", xlabel=f"mean {values.mean():.3f}, sd {values.std():.3f}")
     grid[1, 0].set_ylabel("pixels")
     return figure
 

@@ -1,6 +1,5 @@
 """One job: make its folder, start its tracking, and only then import what is heavy and run it."""
 
-import os
 import secrets
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gaplab import config as configs
-from gaplab.config import PROJECT, Config
+from gaplab.config import PROJECT, Config, Data, ImageFolder
 from gaplab.errors import UserError
 from gaplab.tracking.journal import Tracker
 
@@ -23,6 +22,7 @@ def launch(config: Config, folder: Path | None = None) -> Any:
     """
     started = time.perf_counter()
     run_id = secrets.token_hex(16)
+    _check_root(config.data)
     folder = _make_folder(config, folder)
     (folder / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
     tracker = Tracker(folder, config.tracking, configs.run_name(config), _tags(config))
@@ -39,6 +39,15 @@ def sweep_folder() -> Path | None:
 
     hydra = HydraConfig.get()
     return Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
+
+
+def _check_root(data: Data) -> None:
+    """What can be said of the data before anything is imported or made."""
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.root={data.root}: no such folder")
+    if isinstance(data, ImageFolder) and not any(root.iterdir()):
+        raise UserError(f"data.root={data.root}: empty; expected one sub-folder of pictures for each class")
 
 
 def _make_folder(config: Config, folder: Path | None) -> Path:
@@ -64,8 +73,8 @@ def _git() -> Iterator[tuple[str, str]]:
     """The commit of the project and whether files differ from it; nothing outside a git checkout."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(PROJECT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()  # fmt: skip
+        command = ["git", "--no-optional-locks", "-C", str(PROJECT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         yield "git/commit", git("rev-parse", "HEAD")

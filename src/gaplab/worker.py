@@ -1,19 +1,21 @@
 """One run, from a checked config to its result: the one place that puts the parts together."""
 
+import ctypes
 import json
 import logging
 import os
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from matplotlib.figure import Figure
 from rich.console import Console
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -32,6 +34,7 @@ from gaplab.training.gap import Epoch, GapCallback, predict
 from gaplab.training.progress import ProgressBar, print_summary
 
 LSUV_SAMPLES = 1024
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass
@@ -86,7 +89,7 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
     result = RunResult(run_id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
     console = Console(highlight=False)
     try:
-        with _quiet_lightning():
+        with quiet_lightning():
             _run(config, folder, tracker, result, console)
         result.status = "FINISHED"
     except KeyboardInterrupt:
@@ -110,6 +113,7 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
 
 
 def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, console: Console) -> None:
+    _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
@@ -132,7 +136,12 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         network,
         config.optimizer,
         config.scheduler,
-        hyper_parameters={"model": asdict(config.model), "in_shape": list(data.in_shape), "num_classes": len(data.classes), "classes": data.classes},  # fmt: skip
+        hyper_parameters={
+            "model": asdict(config.model),
+            "in_shape": list(data.in_shape),
+            "num_classes": len(data.classes),
+            "classes": data.classes,
+        },
         batches_per_epoch=data.batches_per_epoch,
         accumulate=config.trainer.accumulate_grad_batches,
         clip=config.trainer.gradient_clip_val,
@@ -152,7 +161,9 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     callbacks: list[pl.Callback] = [measured, progress, checkpoints]
     if config.trainer.early_stopping is not None:
         callbacks.append(
-            EarlyStopping("valid/acc", mode="max", patience=config.trainer.early_stopping, check_on_train_epoch_end=True)
+            EarlyStopping(
+                "valid/acc", mode="max", patience=config.trainer.early_stopping, check_on_train_epoch_end=True
+            )
         )
     trainer = pl.Trainer(
         accelerator=config.trainer.accelerator,
@@ -195,6 +206,15 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed memory rather than give it back: else every large activation is mapped, and cleared by the
+    kernel, anew in every step. Other C libraries have no such call and go without."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 1 << 30)
+
+
 def _build_network(config: Config, data: DataModule) -> Network:
     network = build_network(
         asdict(config.model), data.in_shape, len(data.classes), config.seed, tuple(config.allowed_targets)
@@ -224,7 +244,7 @@ def _record(result: RunResult, measured: GapCallback) -> None:
 
 def _figures(
     config: Config, data: DataModule, network: Network, measured: GapCallback, result: RunResult
-) -> dict[str, Callable[[], figures.Figure]]:
+) -> dict[str, Callable[[], Figure]]:
     """Read the test split, once, with the best weights, into `result`; the drawings of the run."""
     shown = "test" if "test" in data.splits else "valid"
     part, classes, name = data.splits[shown], data.classes, configs.run_name(config)
@@ -237,7 +257,9 @@ def _figures(
         result.test_acc, result.test_loss = test.acc, test.loss
     counts = multiclass_confusion_matrix(answers, labels, len(classes)).numpy()
     worst = wrong[probabilities[wrong].argsort(descending=True)[:24]]
-    mistakes = next(iter(part.source.images([part.indices[worst]]))).cpu().numpy() if len(worst) else torch.empty(0).numpy()
+    mistakes = (
+        next(iter(part.source.images([part.indices[worst]]))).cpu().numpy() if len(worst) else torch.empty(0).numpy()
+    )
     train = data.splits["train"]
     sample = next(iter(train.source.images([train.indices[:200]]))).cpu().numpy()
     mean, std = (value.cpu().numpy() for value in train.source.moments(train.indices))
@@ -245,7 +267,9 @@ def _figures(
     best = int(result.best["epoch"])
     return {
         "learning_curves": lambda: figures.learning_curves([epoch.metrics() for epoch in measured.history], best, name),
-        "confusion_matrix": lambda: figures.confusion_matrix(counts, classes, f"{name}: {shown} split, best epoch {best}"),
+        "confusion_matrix": lambda: figures.confusion_matrix(
+            counts, classes, f"{name}: {shown} split, best epoch {best}"
+        ),
         "worst_mistakes": lambda: figures.worst_mistakes(
             mistakes,
             [classes[int(labels[i])] for i in worst],
@@ -267,10 +291,10 @@ def _write_result(result: RunResult, folder: Path) -> None:
     os.replace(partial, folder / "result.json")
 
 
-class _quiet_lightning(warnings.catch_warnings):
+class quiet_lightning(warnings.catch_warnings):  # noqa: N801 (a context manager, used like a function)
     """Lightning's banners and hints are about its own loop; errors and other libraries' warnings pass."""
 
     def __enter__(self) -> None:
         super().__enter__()
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\.pytorch")
+        warnings.filterwarnings("ignore", module=r"lightning\.")

@@ -81,14 +81,14 @@ class DataModule(LightningDataModule):
             part.labels = part.labels.to(device)
 
     def save_splits(self, path: Path) -> None:
-        """Indices of `train` and `valid` into the official training part (a folder: into its pictures sorted by name)."""
+        """Indices of `train` and `valid` into the official training part (of a folder: its sorted pictures)."""
         np.savez(path, train=self.splits["train"].indices.numpy(), valid=self.splits["valid"].indices.numpy())
 
     def train_dataloader(self) -> ChunkLoader:
         return self._loader
 
     def batches(self, name: str) -> Iterator[Batch]:
-        """Every sample of a split once, in the order of its indices, unaugmented: images uint8 (B, C, H, W), labels (B,)."""
+        """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,)."""
         yield from _read(self.splits[name], list(self.splits[name].indices.split(self._data.eval_batch_size)))
 
     def _read_train(self, batches: list[Tensor], epoch: int) -> Iterator[Batch]:

@@ -23,11 +23,11 @@ def load_dataset(
     """The official training part, the official test part and the class names of the data set that `target` names.
 
     Archives that are there are verified first; what is missing is downloaded and unpacked by torchvision. Raises
-    UserError for a missing folder, a wrong checksum (naming the file and touching nothing) or data of another kind.
+    UserError for a wrong checksum (naming the file and touching nothing), or data that cannot be had or are of another
+    kind.
     """
     dataset_class = load_class(target, allowed_targets, Dataset, "data._target_")
-    if not Path(root).is_dir():
-        raise UserError(f"data.root={root}: no such folder")
+    root = str(Path(root).expanduser())
     parts = []
     with _locked(Path(root)):
         verify_archives(dataset_class, Path(root))
@@ -42,12 +42,12 @@ def load_dataset(
                 ) from None
     train, test = (to_tensors(part) for part in parts)
     classes = getattr(parts[0], "classes", None) or [str(label) for label in range(int(train.labels.max()) + 1)]
-    return train, test, [str(name) for name in classes]
+    return train, test, [str(name).partition(" - ")[0] for name in classes]  # MNIST's are "0 - zero" …
 
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Let one process at a time unpack. A folder that cannot be written needs no lock, for nothing is unpacked there."""
+    """Let one process at a time unpack. A folder that cannot be written needs no lock: nothing is unpacked there."""
     try:
         lock = FileLock(root / ".gaplab.lock")
         lock.acquire()
@@ -92,7 +92,9 @@ def to_tensors(dataset: Any) -> Resident:
             raise UserError(f"data._target_: {type(dataset).__name__} holds pictures of different sizes, or none")
         pixels, labels = torch.stack([image for image, _ in samples]), [label for _, label in samples]
     if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-        raise UserError(f"data._target_: {type(dataset).__name__} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures")
+        raise UserError(
+            f"data._target_: {type(dataset).__name__} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures"
+        )
     return Resident(pixels, torch.as_tensor(np.asarray(labels), dtype=torch.int64).flatten())
 
 

@@ -30,7 +30,7 @@ class EpochOrder:
 
 
 class Chunk:
-    """The next `steps` mini-batches of an epoch, each read when it is used: gathered ahead, they would leave the cache."""
+    """The next `steps` mini-batches of an epoch, read when it is used: gathered ahead, it would leave the cache."""
 
     def __init__(self, batches: Iterator[Batch], steps: int) -> None:
         self._batches = batches
@@ -81,7 +81,7 @@ class ChunkLoader:
 
 
 def augmentation(kind: str, padding: int, seed: int, epoch: int) -> Augment:
-    """A function of uint8 images (B, C, H, W) and the number of their batch in the epoch: each picture changed on its own.
+    """A function of uint8 images (B, C, H, W) and their batch's number in the epoch: each picture changed on its own.
 
     `kind` is "crop" (shifted by up to `padding` pixels, zeros moving in), "flip" (mirrored left-right with probability
     one half) or "crop_flip". What is drawn depends on (seed, epoch, batch) alone, on any device.

@@ -31,11 +31,9 @@ class Folder:
 def find_pictures(root: Path) -> Folder:
     """The pictures below `root/<class>/`, or below `root/<part>/<class>/` when there is a `root/train`, sorted by name.
 
-    Raises UserError for a missing or empty folder, a class without a picture, a single class, or a class that only
+    Raises UserError for an empty folder, a class without a picture, a single class, or a class that only
     `valid` or `test` has.
     """
-    if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder")
     parts = {"train": root}
     if (root / "train").is_dir():
         parts = {ALIASES[path.name]: path for path in _folders(root) if path.name in ALIASES}
@@ -50,7 +48,9 @@ def find_pictures(root: Path) -> Folder:
         for class_folder in _folders(folder):
             if class_folder.name not in classes:
                 raise UserError(f"{class_folder}: a class that train/ does not have")
-            files = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+            files = sorted(
+                path for path in class_folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+            )
             if not files and part == "train":
                 raise UserError(f"{class_folder}: no picture in this class folder")
             found.files += files
@@ -100,7 +100,13 @@ class PictureFiles(Dataset[tuple[Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
             return decode(self.files[index], self.size, self.channels), ""
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), reason
 
@@ -134,8 +140,8 @@ class Streamed:
         return moments(self._sums[indices], len(indices) * self.in_shape[1] * self.in_shape[2])
 
     def digest(self) -> str:
-        whole = hashlib.sha256(self._sums.numpy())
-        whole.update(self.labels.numpy())
+        whole = hashlib.sha256(self._sums.contiguous().numpy().data)
+        whole.update(self.labels.numpy().data)
         whole.update("\0".join(path.name for path in self.pictures.files).encode())
         return whole.hexdigest()[:16]
 
@@ -162,7 +168,9 @@ def load_pictures(
     sums = torch.empty(len(files), 2, channels, dtype=torch.int64)
     broken: dict[int, str] = {}
     order = torch.arange(len(files)).split(64)
-    for indices, (images, reasons) in zip(order, _loader(files, [part.tolist() for part in order], workers), strict=True):
+    for indices, (images, reasons) in zip(
+        order, _loader(files, [part.tolist() for part in order], workers), strict=True
+    ):
         if keep:
             pixels[indices] = images
         sums[indices] = torch.stack([pixel_sums(image[None]) for image in images])
@@ -170,11 +178,16 @@ def load_pictures(
     names = [f"{folder.files[index]} ({reason})" for index, reason in broken.items()]
     if broken and not skip_broken:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        raise UserError(f"unreadable pictures: {'; '.join(names[:10])}{more}; remove them, or set data.skip_broken=true")
+        raise UserError(
+            f"unreadable pictures: {'; '.join(names[:10])}{more}; remove them, or set data.skip_broken=true"
+        )
     good = [index for index in range(len(files)) if index not in broken]
     if broken:
         folder = Folder(
-            [folder.files[i] for i in good], [folder.labels[i] for i in good], [folder.parts[i] for i in good], folder.classes
+            [folder.files[i] for i in good],
+            [folder.labels[i] for i in good],
+            [folder.parts[i] for i in good],
+            folder.classes,
         )
         for label, name in enumerate(folder.classes):
             if label not in (found for found, part in zip(folder.labels, folder.parts, strict=True) if part == "train"):

@@ -53,8 +53,8 @@ class Resident:
         return moments(sums, len(indices) * self.in_shape[1] * self.in_shape[2])
 
     def digest(self) -> str:
-        whole = hashlib.sha256(self.pixels.cpu().numpy())
-        whole.update(self.labels.numpy())
+        whole = hashlib.sha256(self.pixels.cpu().numpy().data)
+        whole.update(self.labels.numpy().data)
         return whole.hexdigest()[:16]
 
     def to_(self, device: torch.device) -> None:
@@ -63,7 +63,9 @@ class Resident:
 
 def pixel_sums(pixels: Tensor) -> Tensor:
     """Exact sums of the values and of their squares: uint8 (B, C, H, W) -> int64 (2, C), by way of a histogram."""
-    histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)])  # (C, 256)
+    histogram = torch.stack(
+        [torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]
+    )  # (C, 256)
     values = torch.arange(256, device=pixels.device)
     return torch.stack([(histogram * values).sum(1), (histogram * values.square()).sum(1)])
 

@@ -79,7 +79,11 @@ class Layers:
 
     def behind_conv(self, channels: int) -> nn.Module:
         """For networks of others that only let a `norm_layer` be chosen: the norm, or activation and norm in one."""
-        return sequential(self.activation(), self.norm_after(channels, 2)) if self._bn_after else self.norm_before(channels, 2)
+        return (
+            sequential(self.activation(), self.norm_after(channels, 2))
+            if self._bn_after
+            else self.norm_before(channels, 2)
+        )
 
     def behind_norm(self) -> nn.Module:
         """The activation that belongs to `behind_conv`."""

@@ -1,6 +1,7 @@
 """A small convolutional network of the LeNet family."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -28,10 +29,10 @@ class CNN(nn.Module):
             raise ValueError(f"pictures of {in_shape[1]}x{in_shape[2]} pixels are too small for {len(widths)} stages")
         channels = [in_channels, *widths]
         self.stages = nn.Sequential(
-            *(nn.Sequential(layers.conv_block(*pair), nn.MaxPool2d(2)) for pair in zip(channels, widths, strict=False))
+            *(nn.Sequential(layers.conv_block(*pair), nn.MaxPool2d(2)) for pair in pairwise(channels))
         )
         dims = [channels[-1] * height * width, *hidden_dims]
-        self.blocks = nn.Sequential(*(layers.dense_block(*pair) for pair in zip(dims, dims[1:], strict=False)))
+        self.blocks = nn.Sequential(*(layers.dense_block(*pair) for pair in pairwise(dims)))
         self.head = nn.Linear(dims[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,19 +5,20 @@ same weights wherever their shapes agree, and runs can be paired by seed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gaplab.seeding import derive_seed
 
+WeightedLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Fill = Callable[[Tensor, torch.Generator], object]
 
 
-def weighted_layers(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def weighted_layers(network: nn.Module) -> list[tuple[str, WeightedLayer]]:
     """The linear and convolutional layers, in order of definition, with their names."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, WeightedLayer)]
 
 
 def init_(network: nn.Module, init: str, gain: float, std: float, activation: str, seed: int) -> None:
@@ -33,8 +34,8 @@ def init_(network: nn.Module, init: str, gain: float, std: float, activation: st
     References:
         https://docs.pytorch.org/docs/stable/nn.init.html
     """
-    torch_name = {"silu": "relu", "gelu": "relu", "elu": "relu"}.get(activation, activation)
-    # kaiming_* takes no gain; for leaky_relu torch's default slope is nn.LeakyReLU's
+    # torch knows no gain for the smooth kin of relu, and takes relu's
+    torch_name: Any = {"silu": "relu", "gelu": "relu", "elu": "relu"}.get(activation, activation)
     slope = 0.01 if activation == "leaky_relu" else 0.0
     fills: dict[str, Fill] = {
         "kaiming_normal": lambda w, g: nn.init.kaiming_normal_(w, a=slope, nonlinearity=torch_name, generator=g),
@@ -69,7 +70,7 @@ def lsuv_(network: nn.Module, images: Tensor, gain: float = 1.0) -> None:
     """
 
     def rescale(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
             std = float(output.double().std())
             if not std > 0:
                 raise ValueError(f"init=lsuv: the output of layer {name} is constant, it cannot be scaled")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         dims = [math.prod(in_shape), *hidden_dims]
-        self.blocks = nn.Sequential(*(layers.dense_block(*pair) for pair in zip(dims, dims[1:], strict=False)))
+        self.blocks = nn.Sequential(*(layers.dense_block(*pair) for pair in pairwise(dims)))
         self.head = nn.Linear(dims[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ class Tracker:
         self._file = self._path.open("a", encoding="utf-8")
         self._sender: subprocess.Popen[bytes] | None = None
         if isinstance(settings, MLflow):
-            self._write("run", name=name, uri=settings.uri, experiment=settings.experiment, artifacts=settings.artifacts)
+            self._write(
+                "run", name=name, uri=settings.uri, experiment=settings.experiment, artifacts=settings.artifacts
+            )
             self.tags(tags | settings.tags)
             self._sender = _start_sender(self._path)
         else:
@@ -71,7 +73,10 @@ class Tracker:
             code = None
         if code != 0:
             reason = "it is still being sent in the background" if code is None else self._failure()
-            print(f"MLflow does not have the whole run: {reason}; nothing is lost, it is all in {self._path}", file=sys.stderr)
+            print(
+                f"MLflow does not have the whole run: {reason}; nothing is lost, it is all in {self._path}",
+                file=sys.stderr,
+            )
         receipt = self._path.with_name("mlflow.json")
         return str(json.loads(receipt.read_text())["run_id"]) if receipt.is_file() else None
 
@@ -87,7 +92,9 @@ class Tracker:
 
 def _start_sender(journal: Path) -> "subprocess.Popen[bytes]":
     source = str(Path(__file__).resolve().parents[2])
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     with journal.with_name("mlflow.log").open("wb") as log:
         return subprocess.Popen(

@@ -6,6 +6,7 @@ one. `<name>.sha256`, written last, is in the format of `sha256sum --check`.
 
 import hashlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,17 @@ class ChecksumIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint's plain values and tensors; nothing in it is executed. Raises UserError when it is damaged."""
+    """A checkpoint's plain values and tensors; nothing in it is executed.
+
+    Raises UserError when it is damaged or holds anything else.
+    """
     checksum = _checksum_path(path)
     if checksum.is_file() and checksum.read_text().split()[:1] != [_sha256(path)]:
         raise UserError(f"{path}: damaged, it does not have the checksum in {checksum.name}")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than plain values and tensors; it is not read") from None
 
 
 def _checksum_path(path: Path) -> Path:

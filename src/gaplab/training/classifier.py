@@ -84,6 +84,7 @@ class Classifier(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         scheduler = self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
+        assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
         losses, hits, count, steps = [], [], 0, 0
         for images, labels in chunk:
@@ -123,8 +124,8 @@ class Classifier(LightningModule):
         number = (self._batches_done - len(losses) + first) // self._accumulate
         step = self.current_epoch * self.steps_per_epoch + number + 1
         raise TrainingError(
-            f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower optimizer.lr, "
-            "trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is from before it"
+            f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower "
+            "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is from before it"
         )
 
     def _count_steps(self, steps: int) -> None:

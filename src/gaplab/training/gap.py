@@ -27,8 +27,8 @@ def score(network: nn.Module, batches: Iterable[Batch], num_classes: int, device
         accuracy.update(logits, labels)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").to(loss.device)
     network.train(training)
-    correct = int(accuracy.tp.sum())
-    total = correct + int(accuracy.fn.sum())
+    correct = int(torch.as_tensor(accuracy.tp))
+    total = correct + int(torch.as_tensor(accuracy.fn))
     return Score(correct, total, float(loss) / total)
 
 

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules from their configs."""
 
 from dataclasses import asdict
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -17,9 +18,11 @@ def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targ
     UserError when the class cannot be reached or built.
     """
     optimizer_class = load_class(settings._target_, allowed_targets, Optimizer, "optimizer._target_")
-    offered = {name: value for name, value in asdict(settings).items() if name not in ("_target_", "decay_norm_and_bias")}
+    offered = {
+        name: value for name, value in asdict(settings).items() if name not in ("_target_", "decay_norm_and_bias")
+    }
     parameters = list(network.parameters())
-    groups = [{"params": parameters}]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
     if settings.weight_decay and not settings.decay_norm_and_bias:
         groups = [
             {"params": [parameter for parameter in parameters if parameter.ndim > 1]},

@@ -91,13 +91,17 @@ def print_summary(console: Console, result: dict[str, Any], folder: Path, config
         )
     console.print(table)
     console.print(
-        f"{result['epochs']} epochs, {result['fit_s']:.1f} s of training and measuring, {result['total_s']:.1f} s in all; "
+        f"{result['epochs']} epochs, {result['fit_s']:.1f} s of training and measuring, "
+        f"{result['total_s']:.1f} s in all; "
         f"{result['params']:,} parameters, {result['device']}",
         soft_wrap=True,
     )
     console.print(f"folder  {shown_path(folder)}", soft_wrap=True)
     toggled = "false" if config.model.bn else "true"
-    console.print(f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)", soft_wrap=True)
+    console.print(
+        f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
+        soft_wrap=True,
+    )
 
 
 def shown_path(path: Path) -> str:

@@ -1,0 +1,52 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+UV := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready
+PORT ?= 5000
+OUTPUTS ?= $(CURDIR)/outputs
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format ui bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv; the other targets do this by themselves
+
+$(READY): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; give another: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; give another: make PYTHON=python3.12"; exit 2; }
+	@echo "setting up .venv (about 5 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt
+	@touch $@
+
+train: $(READY) ## train one network with BatchNorm on MNIST and measure its gap
+	@$(BIN)/python src/train.py model.bn=true
+
+test: $(READY) ## run the whole test suite
+	@$(BIN)/python -m pytest -q -p no:cacheprovider
+
+check: $(READY) ## lint, format, types and the floors between the packages
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PYTHONPATH=src $(BIN)/lint-imports --no-cache
+
+format: $(READY) ## put the code into its one format
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this machine alone
+	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
+		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
+
+bench: $(READY) ## seconds an epoch, beside a hand-written loop and plain Lightning
+	@$(BIN)/python benchmarks/training.py
+
+clean: ## remove .venv and caches; data and outputs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from gaplab import config as configs
+from gaplab import launch
+
+configs.register()
+torch.set_num_threads(1)
+
+SMALL = [
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "data.train_size=1000",
+    "data.valid_size=500",
+    "tracking=none",
+]
+
+
+def composed(*overrides: str) -> configs.Config:
+    """The typed, checked config of a command line."""
+    with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
+        return configs.from_hydra(compose("train", list(overrides)))
+
+
+def train_py(*arguments: str, cwd: Path = configs.PROJECT) -> "subprocess.CompletedProcess[str]":
+    """`python src/train.py …` as a person types it."""
+    script = configs.PROJECT / "src" / "train.py"
+    return subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Runs a small job in this process; its result.json and its folder."""
+
+    def run(*overrides: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        launch.launch(composed(*SMALL, f"paths.outputs={tmp_path}", *overrides), folder)
+        return json.loads((folder / "result.json").read_text()), folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """2 000 training images of MNIST, uint8 (N, 1, 28, 28), and their labels."""
+    from torchvision.datasets import MNIST
+
+    mnist = MNIST(configs.PROJECT / "data", download=True)
+    return mnist.data[:2000].unsqueeze(1), mnist.targets[:2000]
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Two classes of pictures that a network can tell apart, in every mode and several sizes, with odd names."""
+    from PIL import Image
+
+    root = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    modes = ["L", "RGB", "RGBA", "P", "CMYK", "I;16", "1", "LA"]
+    for label, name in enumerate(["дубы", "ясень & co"]):
+        (root / name).mkdir(parents=True)
+        for number in range(40):
+            mode = modes[number % len(modes)]
+            height, width = rng.integers(9, 60, 2)
+            grey = rng.integers(0, 90, (height, width)).astype(np.uint8) + np.uint8(150 * label)
+            picture = Image.fromarray(grey)
+            if mode == "I;16":
+                picture = Image.fromarray(grey.astype(np.uint16) << 8)
+            elif mode != "L":
+                picture = picture.convert("RGB").convert(mode)
+            picture.save(root / name / f"n° {number}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}")
+    return root

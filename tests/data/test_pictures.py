@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from conftest import composed
+from PIL import Image
+
+from gaplab.data.datamodule import build_datamodule
+from gaplab.data.pictures import Streamed, decode, find_pictures
+from gaplab.data.resident import Resident
+from gaplab.errors import UserError
+
+
+def module(root, *overrides):
+    config = composed("data=image_folder", f"data.root='{root}'", "data.workers=0", "data.image_size=16", *overrides)
+    return build_datamodule(config.data, seed=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 200, (200, 200, 200)),
+        ("RGB", (200, 100, 0), (200, 100, 0)),
+        ("RGBA", (200, 100, 0, 0), (255, 255, 255)),
+        ("LA", (200, 255), (200, 200, 200)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 200 * 256 + 77, (200, 200, 200)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_every_mode_is_decoded_to_its_colour(tmp_path, mode, colour, expected, channels):
+    path = tmp_path / f"é {mode.replace(';', '')}.{'png' if mode != 'CMYK' else 'tif'}"
+    Image.new(mode, (30, 11), colour).save(path)
+    pixels = decode(path, 8, channels)
+    assert pixels.shape == (channels, 8, 8)
+    if channels == 3:
+        assert pixels[:, 4, 4].tolist() == list(expected)
+    else:
+        assert int(pixels[0, 4, 4]) == pytest.approx(np.dot(expected, [0.299, 0.587, 0.114]), abs=1)
+
+
+def test_palette_transparency_is_laid_on_white(tmp_path):
+    picture = Image.new("P", (9, 9), 0)
+    picture.putpalette([10, 20, 30] * 256)
+    picture.save(tmp_path / "a.png", transparency=0)
+    assert decode(tmp_path / "a.png", 8, 3).unique().tolist() == [255]
+
+
+def test_the_camera_orientation_is_applied(tmp_path):
+    picture = Image.fromarray(np.repeat(np.array([[0], [255]], dtype=np.uint8), 8, axis=0).repeat(16, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert int(decode(tmp_path / "a.png", 8, 1)[0, 0, 0]) == 255
+
+
+def test_a_plain_folder_is_split_and_has_no_test_part(picture_folder):
+    data = module(picture_folder)
+    assert data.classes == ["дубы", "ясень & co"]
+    assert {name: len(part.indices) for name, part in data.splits.items()} == {"train": 72, "valid": 8}
+    assert data.in_shape == (3, 16, 16)
+
+
+def test_parts_of_the_folder_are_the_splits(picture_folder, tmp_path):
+    root = tmp_path / "parts"
+    for part, numbers in {"train": range(30), "val": range(30, 35), "test": range(35, 40)}.items():
+        for folder in picture_folder.iterdir():
+            (root / part / folder.name).mkdir(parents=True)
+            for number in numbers:
+                source = next(folder.glob(f"n° {number}.*"))
+                (root / part / folder.name / source.name).write_bytes(source.read_bytes())
+    data = module(root)
+    assert {name: len(part.indices) for name, part in data.splits.items()} == {"train": 60, "valid": 10, "test": 10}
+    assert len(module(root, "data.train_size=20").splits["train"].indices) == 20
+    (root / "valid" / "birch").mkdir(parents=True)
+    with pytest.raises(UserError, match="birch: a class that train/ does not have"):
+        module(root)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_pictures_are_the_resident_ones(picture_folder, workers):
+    resident = module(picture_folder)
+    streamed = module(picture_folder, "data.memory_budget_gb=0", f"data.workers={workers}")
+    assert isinstance(resident.splits["train"].source, Resident)
+    assert isinstance(streamed.splits["train"].source, Streamed)
+    torch.testing.assert_close(resident.mean, streamed.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(resident.std, streamed.std, rtol=0, atol=1e-12)
+    for one, other in zip(resident.batches("train"), streamed.batches("train"), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_unreadable_pictures_are_listed_and_stop_the_run_unless_skipped(picture_folder):
+    broken = picture_folder / "дубы" / "broken.png"
+    broken.write_bytes(next(picture_folder.glob("дубы/*.png")).read_bytes()[:60])
+    (picture_folder / "дубы" / "text.jpg").write_text("no picture")
+    with pytest.raises(UserError, match=r"unreadable pictures: .*broken\.png .*text\.jpg .*data\.skip_broken=true"):
+        module(picture_folder)
+    for budget in (0, 1):
+        data = module(picture_folder, "data.skip_broken=true", f"data.memory_budget_gb={budget}")
+        assert sum(len(part.indices) for part in data.splits.values()) == 80
+
+
+def test_folders_that_cannot_be_classified_are_refused(picture_folder, tmp_path):
+    (picture_folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no picture in this class folder"):
+        find_pictures(picture_folder)
+    single = tmp_path / "single"
+    (single / "only").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"a single class \(only\)"):
+        find_pictures(single)
+    with pytest.raises(UserError, match="empty; expected one sub-folder"):
+        find_pictures(single / "only")

@@ -1,0 +1,45 @@
+"""Networks that the tests build, and two of a user's own."""
+
+import torch
+from torch import nn
+
+from gaplab.nn.build import build_network
+
+MODEL = {
+    "name": "x", "bn": False, "bn_position": "before_activation", "bn_momentum": 0.1, "bn_eps": 1e-5, "dropout": 0.0,
+    "activation": "relu", "init": "kaiming_normal", "init_gain": 1.0, "init_std": 0.05, "kwargs": {},
+}  # fmt: skip
+NETWORKS = {
+    "mlp": {"_target_": "gaplab.nn.mlp.MLP", "hidden_dims": [32, 16]},
+    "cnn": {"_target_": "gaplab.nn.cnn.CNN", "widths": [8, 8], "hidden_dims": [16]},
+    "resnet8": {"_target_": "gaplab.nn.resnet.ResNet", "depth": 8, "widths": [4, 8, 8]},
+    "resnet18": {"_target_": "gaplab.nn.resnet.ResNet", "depth": 18, "widths": [4, 4, 8, 8]},
+    "torchvision": {"_target_": "gaplab.nn.torchvision.TorchvisionResNet", "arch": "resnet18"},
+}
+IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def build(name: str, **toggles: object) -> nn.Module:
+    return build_network(MODEL | NETWORKS[name] | toggles, (3, 32, 32), 10)
+
+
+class Own(nn.Module):
+    """A user's network, with its toggles."""
+
+    def __init__(self, num_classes, layers, width=4):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), layers.dense_block(12, width), nn.Linear(width, num_classes))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Untoggled(nn.Module):
+    """A user's network without."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))

@@ -1,0 +1,63 @@
+"""Every wrong input ends in one line and status 2; nothing is left behind."""
+
+from pathlib import Path
+
+import pytest
+from conftest import train_py
+
+BAD = {
+    "model.bnn=true": 'model.bnn: no such key in model; did you mean "bn"?',
+    "model.bn=maybe": "model.bn: Value 'maybe'",
+    "model.dropout=1": "model.dropout=1.0: must be a number in [0, 1)",
+    "model.init=glorot": "model.init=glorot: choose one of kaiming_normal, kaiming_uniform, xavier_normal",
+    "optimizer.lr=-1": "optimizer.lr=-1.0: must be a finite number > 0",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be a finite number > 0",
+    "data.batch_size=0": "data.batch_size=0: must be a finite number ≥ 1",
+    "data.valid_size=70000": "data.valid_size=70000: must be below 60000",
+    "trainer.devices=99": "trainer.devices=99: there is 1 device here",
+    "trainer.accelerator=cuda": "trainer.accelerator=cuda: no CUDA device here",
+    "model._target_=os.system": "model._target_=os.system: package 'os' is not in allowed_targets",
+    "model=mlpp": 'model=mlpp: did you mean "mlp"? choose one of cnn, custom, mlp, resnet, torchvision',
+    "modell=mlp": 'modell: no such key; did you mean "model"?',
+    "+model.foo=1": "model.foo: no such key",
+    "foo": "foo: not understood; expected key=value",
+    "data=image_folder": "data.root: a value is needed",
+    "data.root=nowhere": "data.root=nowhere: no such folder",
+    "data=image_folder data.root=.": "data.root=.: empty; expected one sub-folder",
+    "model=resnet model.depth=21": "model.depth=21: must be 18 or 6n+2",
+    "model.bn=true data.batch_size=1": "data.batch_size=1: BatchNorm (model.bn=true) needs at least 2 samples",
+    "tracking.uri=file:///x": "tracking.uri=file:///x: must begin with one of sqlite://",
+    "tracking.tags.who=me": "tracking.tags.who: not there yet; add it with a plus sign, +tracking.tags.who=…",
+    "seed=-5": "seed=-5: must be",
+    "experiment=nope": "experiment=nope: choose one of baseline",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_wrong_input_ends_in_one_line_and_status_2(arguments: str, tmp_path: Path):
+    outputs = tmp_path / "outputs"
+    done = train_py(f"paths.outputs={outputs}", *arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert BAD[arguments] in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    done = train_py(f"paths.outputs={tmp_path / 'file'}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: paths.outputs={tmp_path / 'file'}: cannot be written (Not a directory)\n"
+
+
+def test_help_teaches(tmp_path: Path):
+    done = train_py("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for expected in (
+        "model: cnn, custom, mlp, resnet, torchvision",
+        "python src/train.py model.bn=true",
+        "dropout: 0.0",
+    ):
+        assert expected in done.stdout

@@ -1,0 +1,74 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import composed
+from hydra import compose, initialize_config_dir
+
+from gaplab import config as configs
+from gaplab.errors import UserError
+
+CONF = configs.PROJECT / "conf"
+GROUPS = ["model", "data", "optimizer", "scheduler", "trainer", "tracking", "experiment"]
+SHIPPED = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDS = {"model=custom": ["model._target_=torch.nn.Identity"], "data=image_folder": ["data.root=here"]}
+
+
+@pytest.mark.parametrize("choice", SHIPPED)
+def test_every_shipped_config_composes_and_passes_the_checks(choice):
+    assert composed(choice, *NEEDS.get(choice, []))
+
+
+def test_resolved_config_file_runs_again_as_the_same_config(tmp_path: Path):
+    config = composed("model=resnet", "model.bn=true", "data=cifar10", "scheduler=one_cycle", "seed=7")
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        # train.py adds its own conf/ to the search path; here that is done by hand
+        again = configs.from_hydra(compose("config", [f"hydra.searchpath=[file://{CONF}]"]))
+    assert again == config
+
+
+def test_condition_is_shared_by_seeds_and_ignores_where_things_lie():
+    one, other = composed("seed=1"), composed("seed=2", "paths.outputs=elsewhere", "tracking=none", "name=mine")
+    assert configs.condition(one) == configs.condition(other)
+    assert configs.config_hash(one) != configs.config_hash(other)
+    assert configs.condition(one) != configs.condition(composed("seed=1", "model.bn=true"))
+
+
+def test_experiments_override_what_stands_before_them():
+    assert composed("experiment=bn").model.bn
+    assert composed("experiment=bn", "model.bn=false").model.bn is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["model.bn=true", "model.dropout=0.5", "model.init=orthogonal"], "mlp bn dropout=0.5 orthogonal s0"),
+        (["model=resnet", "data=cifar10", "seed=3"], "resnet20 cifar10 s3"),
+        (["name=my run"], "my run"),
+    ],
+)
+def test_run_names_are_readable(overrides, name):
+    assert configs.run_name(composed(*overrides)) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "available", "expected"),
+    [(5000, 60000, (55000, 5000)), (0.1, 1000, (900, 100)), (0.25, 10, (8, 2))],
+)
+def test_valid_size_is_a_count_or_a_fraction(value, available, expected):
+    data = replace(composed().data, valid_size=value)
+    assert configs.sizes(data, available) == expected
+
+
+@pytest.mark.parametrize("value", [1.5, 60000, 70000, 0.000001])
+def test_impossible_valid_size_is_refused(value):
+    with pytest.raises(UserError, match="valid_size"):
+        configs.sizes(replace(composed().data, valid_size=value), 60000)
+
+
+def test_every_field_says_what_it_is():
+    classes = [schema for group in configs.SCHEMAS.values() for schema in group]
+    for schema in [*classes, configs.Paths]:
+        for name, item in schema.__dataclass_fields__.items():
+            assert item.metadata.get("doc", "").endswith((".", "…")), f"{schema.__name__}.{name}"

@@ -1,0 +1,194 @@
+"""Whole runs: reproducible, chunk-independent, counted right, and failing as they should."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, composed
+
+from gaplab import launch
+from gaplab.errors import TrainingError
+from gaplab.nn.build import build_network
+from gaplab.training.classifier import Classifier
+
+TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "condition", "config_hash"}
+TOGGLES = ["model.bn=true", "model.dropout=0.3", "data.augment=crop_flip", "data.label_noise=0.1", "data.batch_size=96"]
+
+
+def untimed(result):
+    return {name: value for name, value in result.items() if name not in TIMES}
+
+
+def weights(folder: Path, name: str = "last"):
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_same_seed_gives_the_same_bits_whatever_the_chunk_size(run):
+    first, one = run(*TOGGLES)
+    second, two = run(*TOGGLES)
+    other, three = run(*TOGGLES, "trainer.chunk_size=3")
+    assert untimed(first) == untimed(second) == untimed(other)
+    assert same(weights(one), weights(two))
+    assert same(weights(one), weights(three))
+    assert first["condition"] == second["condition"]
+    third, four = run(*TOGGLES, "seed=1")
+    assert not same(weights(one), weights(four))
+    assert third["condition"] == first["condition"]
+    assert third["config_hash"] != first["config_hash"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model=mlp", "model.hidden_dims=[32]", "model.dropout=0.5"],
+        ["model=cnn", "model.widths=[4]", "model.hidden_dims=[16]"],
+        ["model=resnet", "model.depth=8", "model.widths=[4,4,4]"],
+    ],
+    ids=["mlp", "cnn", "resnet"],
+)
+def test_accuracies_equal_an_independent_count_from_the_files_to_the_sample(run, digits, model):
+    result, folder = run(*model, "model.bn=true")
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    hyper_parameters = checkpoint["hyper_parameters"]
+    network = build_network(hyper_parameters["model"], hyper_parameters["in_shape"], hyper_parameters["num_classes"])
+    network.load_state_dict({name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()})
+    raw = Path(composed().data.root) / "MNIST" / "raw"
+    images = torch.from_numpy(np.fromfile(raw / "train-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 1, 28, 28))
+    labels = torch.from_numpy(np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8)[8:].astype(np.int64))
+    with torch.no_grad():
+        for split, indices in np.load(folder / "splits.npz").items():
+            correct = int((network.eval()(images[indices]).argmax(1) == labels[indices]).sum())
+            assert correct == round(result["best"][f"{split}_acc"] * len(indices)), split
+
+
+def test_result_holds_what_the_contract_says(run):
+    result, folder = run("model.bn=true", "trainer.max_epochs=3", "data.batch_size=64", "trainer.early_stopping=1")
+    assert (result["status"], result["seed"], result["device"]) == ("FINISHED", 0, "cpu")
+    assert result["steps"] == 16 * result["epochs"]
+    assert result["params"] == 67722
+    for part in (result, result["best"]):
+        assert part["gap_acc"] == part["train_acc"] - part["valid_acc"]
+        assert part["gap_acc_low"] < part["gap_acc"] < part["gap_acc_high"]
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    valid = [
+        line["values"]["valid/acc"] for line in lines if line["event"] == "metrics" and "valid/acc" in line["values"]
+    ]
+    assert result["best"]["epoch"] == 1 + valid.index(max(valid))
+    assert result["valid_acc"] == valid[-1]
+    assert 0.5 < result["test_acc"] < 1
+
+
+def test_the_running_accuracy_is_another_figure_and_not_the_gaps(run):
+    result, _ = run("model.dropout=0.5", "trainer.max_epochs=3")
+    assert result["train_acc_running"] < result["train_acc"] - 0.03
+    assert result["gap_acc"] == result["train_acc"] - result["valid_acc"]
+
+
+def test_accumulated_gradients_of_equal_batches_are_those_of_one_large_batch(run):
+    keys = ["trainer.precision=64-true", "optimizer=sgd", "optimizer.momentum=0", "data.train_size=960"]
+    whole, one = run(*keys, "data.batch_size=96")
+    parts, two = run(*keys, "data.batch_size=24", "trainer.accumulate_grad_batches=4")
+    assert whole["steps"] == parts["steps"] == 20
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(two)[name], rtol=0, atol=1e-9)
+
+
+def test_clipping_bounds_the_step(run):
+    _, folder = run("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "trainer.gradient_clip_val=1e-4")
+    start = build_network(asdict(composed().model), (1, 28, 28), 10).body.state_dict()
+    end = weights(folder)
+    moved = sum(float((end[f"network.body.{name}"] - value).square().sum()) for name, value in start.items()) ** 0.5
+    assert 0 < moved <= 16 * 1e-4 * 1.001  # 16 steps
+
+
+def test_bf16_sees_the_weights_of_every_step_whatever_the_chunk_size(run):
+    keys = ["trainer.precision=bf16-mixed", "model.hidden_dims=[32]", "optimizer.lr=0.01"]
+    small, one = run(*keys, "trainer.chunk_size=1")
+    large, two = run(*keys, "trainer.chunk_size=50")
+    assert same(weights(one), weights(two))
+    assert small["train_acc"] == large["train_acc"] > 0.7
+
+
+def test_a_non_finite_loss_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    config = composed(*SMALL, f"paths.outputs={tmp_path}", "optimizer=sgd", "optimizer.lr=1e30", "data.batch_size=100")
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ \(epoch 1\)"):
+        launch.launch(config, folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "FAILED"
+    assert "the loss is" in result["error"]
+    last = json.loads((folder / "journal.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["status"]) == ("finish", "FAILED")
+
+
+def test_the_checkpoint_from_before_a_non_finite_loss_stays(tmp_path, monkeypatch):
+    original = Classifier.training_step
+
+    def poisoned(self, chunk, batch_idx):
+        if self.current_epoch == 1:
+            with torch.no_grad():
+                self.network.body.head.weight.fill_(float("nan"))
+        return original(self, chunk, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 9 \(epoch 2\)"):
+        launch.launch(composed(*SMALL, f"paths.outputs={tmp_path}"), folder)
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 1
+
+
+def test_an_error_of_the_users_own_network_is_one_line_with_the_traceback_in_the_folder(tmp_path):
+    folder = tmp_path / "run"
+    config = composed(*SMALL, f"paths.outputs={tmp_path}", "model=custom", "model._target_=torch.nn.Flatten")
+    config.model.kwargs = {"start_dim": 9}
+    with pytest.raises(TrainingError, match=r"IndexError: .* \(traceback in .*error\.log\)"):
+        launch.launch(config, folder)
+    assert "Traceback" in (folder / "error.log").read_text()
+    assert json.loads((folder / "result.json").read_text())["status"] == "FAILED"
+
+
+def test_one_sample_left_over_is_dropped_under_batchnorm_with_a_word(run, caplog):
+    result, _ = run("model.bn=true", "data.train_size=129", "data.batch_size=128")
+    assert result["steps"] == 2
+    assert "the last training batch of each epoch has one sample" in caplog.text
+    result, _ = run("model.bn=false", "data.train_size=129", "data.batch_size=128")
+    assert result["steps"] == 4
+
+
+@pytest.mark.parametrize("normalize", ["none", "center", "standardize"])
+def test_normalization_kinds_are_in_the_checkpoint(run, normalize):
+    _, folder = run(f"data.normalize={normalize}", "trainer.max_epochs=1")
+    found = weights(folder)
+    mean, std = float(found["network.normalize.mean"]), float(found["network.normalize.std"])
+    assert (mean == 0) == (normalize == "none")
+    assert (std == 1) == (normalize != "standardize")
+
+
+def test_lsuv_starts_from_unit_outputs(run):
+    result, _ = run("model.init=lsuv", "trainer.max_epochs=1")
+    assert result["train_acc"] > 0.5
+
+
+def test_pictures_of_ones_own_train_the_same_resident_or_streamed(run, picture_folder):
+    keys = [f"data.root='{picture_folder}'", "data.train_size=null", "data.valid_size=16", "data.batch_size=8"]
+    keys += [
+        "data=image_folder",
+        "data.image_size=16",
+        "data.workers=0",
+        "model=cnn",
+        "model.widths=[4,8]",
+        "model.bn=true",
+    ]
+    resident, _ = run(*keys)
+    streamed, _ = run(*keys, "data.memory_budget_gb=0")
+    assert untimed(resident) == untimed(streamed)
+    assert resident["train_acc"] > 0.8
+    assert resident["test_acc"] is None

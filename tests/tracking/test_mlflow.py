@@ -1,0 +1,165 @@
+"""A run in MLflow: what was put into the journal is what MLflow tells."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import composed
+
+from gaplab import config as configs
+from gaplab.tracking.journal import Tracker
+from gaplab.tracking.mlflow import follow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One short run as a person starts it, from another folder, with MLflow."""
+    home = tmp_path_factory.mktemp("outputs")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    script = configs.PROJECT / "src" / "train.py"
+    arguments = [
+        "model.bn=true",
+        "trainer.max_epochs=2",
+        "data.train_size=2000",
+        "trainer.threads=1",
+        "+tracking.tags.who=test",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(script), f"paths.outputs={home}", *arguments],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(elsewhere.iterdir()) == []
+    (folder,) = (home / "runs").iterdir()
+    return done, home, folder
+
+
+@pytest.fixture(scope="module")
+def run_in_mlflow(finished):
+    from mlflow import MlflowClient
+
+    _, home, folder = finished
+    result = json.loads((folder / "result.json").read_text())
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    return client, client.get_run(result["run_id"]), result
+
+
+def test_a_person_sees_epochs_table_and_what_to_type_next(finished):
+    done, _, folder = finished
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("epoch 1/2  loss ")
+    result = json.loads((folder / "result.json").read_text())
+    low, high = (f"{100 * result['best'][f'gap_acc_{end}']:+.2f}" for end in ("low", "high"))
+    assert f"[{low}, {high}]" in done.stdout
+    assert "python src/train.py model.bn=false" in done.stdout
+    assert "make ui" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_folder_holds_what_the_contract_says(finished):
+    _, _, folder = finished
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    figures = {
+        f"figures/{name}.png" for name in ("learning_curves", "confusion_matrix", "worst_mistakes", "normalization")
+    }
+    checkpoints = {f"checkpoints/{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")}
+    expected = {"config.yaml", "result.json", "journal.jsonl", "splits.npz"} | figures | checkpoints
+    assert expected <= names
+    assert names - expected == {"mlflow.json", "mlflow.log"}
+    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
+
+
+def test_mlflow_has_the_runs_parameters_tags_and_status(run_in_mlflow):
+    _, run, result = run_in_mlflow
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "mlp bn s0")
+    assert run.info.end_time > run.info.start_time
+    assert (run.data.params["model.bn"], run.data.params["optimizer.lr"]) == ("True", "0.001")
+    assert run.data.tags["condition"] == result["condition"]
+    assert run.data.tags["who"] == "test"
+    assert "model.bn=true" in run.data.tags["overrides"]
+    assert run.data.tags["version/torch"]
+
+
+def test_mlflow_has_every_metric_of_every_epoch(run_in_mlflow):
+    client, run, result = run_in_mlflow
+    for name in (
+        "train/acc",
+        "valid/acc",
+        "gap/acc",
+        "gap/acc_low",
+        "gap/acc_high",
+        "train/acc_running",
+        "gap/loss",
+        "lr",
+    ):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [metric.step for metric in history] == [1, 2], name
+        if name.replace("/", "_") in result:
+            assert history[-1].value == result[name.replace("/", "_")]
+    assert run.data.metrics["best/valid/acc"] == result["best"]["valid_acc"]
+    assert run.data.metrics["test/acc"] == result["test_acc"]
+
+
+def test_mlflow_has_the_data_set_and_the_artifacts(run_in_mlflow):
+    client, run, _ = run_in_mlflow
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, len(given.dataset.digest)) == ("mnist", 16)
+    paths = {
+        file.path
+        for folder in ("", "figures", "checkpoints")
+        for file in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {"config.yaml", "splits.npz", "figures/learning_curves.png", "checkpoints/best.ckpt"} <= paths
+
+
+def test_the_rest_is_sent_when_the_writer_dies(tmp_path: Path):
+    code = (
+        "import os, sys; sys.path[:0] = [os.environ['SRC']]\n"
+        "from pathlib import Path; from gaplab.config import MLflow; from gaplab.tracking.journal import Tracker\n"
+        f"t = Tracker(Path({str(tmp_path)!r}), MLflow(uri='sqlite:///{tmp_path}/mlflow.db'), 'killed', {{}})\n"
+        "t.metrics({'train/acc': 0.5}, 1); print(t._sender.pid, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"SRC": str(configs.PROJECT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    sender = int(done.stdout)
+    import time
+
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{sender}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    from mlflow import MlflowClient
+
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
+        json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
+    )
+    assert (run.info.status, run.data.metrics) == ("FAILED", {"train/acc": 0.5})
+
+
+def test_a_server_that_is_not_there_costs_seconds_and_loses_nothing(tmp_path: Path, capfd):
+    tracking = composed("tracking.uri=http://127.0.0.1:9", f"paths.outputs={tmp_path}").tracking
+    tracker = Tracker(tmp_path, tracking, "alone", {})
+    tracker.metrics({"train/acc": 0.5}, step=1)
+    assert tracker.finish("FINISHED") is None
+    error = capfd.readouterr().err
+    assert error.startswith("MLflow does not have the whole run: ")
+    assert error.count("\n") == 1
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])["status"] == "FINISHED"
+
+
+def test_follow_waits_for_whole_lines(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"time": 1, "event": "tags"}\n{"time": 2, "eve')
+    found = follow(path, os.getppid())
+    assert next(found)["event"] == "tags"
+    with path.open("a") as file:
+        file.write('nt": "finish", "status": "FINISHED"}\n')
+    assert [event["event"] for event in found] == ["finish"]

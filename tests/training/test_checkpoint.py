@@ -1,0 +1,55 @@
+import os
+import subprocess
+
+import pytest
+import torch
+
+from gaplab.errors import UserError
+from gaplab.training.checkpoint import ChecksumIO, read_checkpoint
+
+VALUES = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2, "name": "é"}
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_comes_back_and_its_checksum_is_sha256sums(tmp_path):
+    ChecksumIO().save_checkpoint(VALUES, tmp_path / "sub" / "best.ckpt")
+    found = read_checkpoint(tmp_path / "sub" / "best.ckpt")
+    assert torch.equal(found["state_dict"]["weight"], VALUES["state_dict"]["weight"])
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["best.ckpt", "best.ckpt.sha256"]
+    subprocess.run(["sha256sum", "--check", "--quiet", "best.ckpt.sha256"], cwd=tmp_path / "sub", check=True)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "best.ckpt"
+    ChecksumIO().save_checkpoint(VALUES, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"best\.ckpt: damaged"):
+        read_checkpoint(path)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"state_dict": Bomb(str(tmp_path / "exploded"))}, tmp_path / "bomb.ckpt")
+    with pytest.raises(UserError, match=r"bomb\.ckpt: holds more than plain values"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    ChecksumIO().save_checkpoint(VALUES, path)
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gaplab.training.checkpoint.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        ChecksumIO().save_checkpoint(VALUES | {"epoch": 3}, path)
+    assert read_checkpoint(path)["epoch"] == 2
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]

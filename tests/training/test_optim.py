@@ -1,0 +1,67 @@
+import pytest
+import torch
+from conftest import composed
+from networks import build
+
+from gaplab.errors import UserError
+from gaplab.training.optim import build_optimizer, build_scheduler
+
+ALLOWED = ["torch"]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimizers_take_their_keys(name):
+    config = composed(f"optimizer={name}", "optimizer.lr=0.02", "optimizer.weight_decay=0.3").optimizer
+    optimizer = build_optimizer(build("mlp"), config, ALLOWED)
+    assert type(optimizer).__name__.lower() == name
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"], optimizer.defaults["fused"]) == (
+        0.02,
+        0.3,
+        True,
+    )
+
+
+def test_weight_decay_spares_batchnorm_and_biases_unless_told():
+    network = build("cnn", bn=True)
+    spared = {id(parameter) for parameter in network.parameters() if parameter.ndim == 1}
+    for everywhere in (False, True):
+        config = composed(
+            "optimizer.weight_decay=0.1", f"optimizer.decay_norm_and_bias={str(everywhere).lower()}"
+        ).optimizer
+        groups = build_optimizer(network, config, ALLOWED).param_groups
+        decayed = {id(parameter) for group in groups for parameter in group["params"] if group["weight_decay"] > 0}
+        assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+        assert bool(decayed & spared) is everywhere
+
+
+def rates(*overrides, epochs=4, steps=10):
+    config = composed("optimizer=sgd", "optimizer.lr=1", *overrides)
+    optimizer = build_optimizer(build("mlp"), config.optimizer, ALLOWED)
+    scheduler = build_scheduler(optimizer, config.scheduler, 1.0, epochs * steps, steps)
+    found = []
+    for _ in range(epochs * steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    return found
+
+
+def test_schedules():
+    assert rates("scheduler=constant") == [1.0] * 40
+    assert rates("scheduler=step", "scheduler.step_size=2", "scheduler.gamma=0.5") == [1.0] * 20 + [0.5] * 20
+    cosine = rates("scheduler=cosine", "scheduler.min_lr=0.2")
+    assert cosine[20] == pytest.approx(0.6)
+    assert cosine == sorted(cosine, reverse=True)
+    cycle = rates("scheduler=one_cycle", "scheduler.pct_start=0.25")
+    assert max(cycle) == pytest.approx(1.0)
+    assert cycle.index(max(cycle)) == 9
+    assert cycle[-1] < 0.001
+
+
+def test_an_optimizer_of_another_kind_is_refused():
+    config = composed("optimizer._target_=torch.optim.LBFGS").optimizer
+    config._target_ = "torch.nn.Linear"
+    with pytest.raises(UserError, match=r"not a subclass of torch\.optim"):
+        build_optimizer(build("mlp"), config, ALLOWED)
+    assert torch
