@@ -45,6 +45,7 @@ ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this mach
 		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
 
 bench: $(READY) ## seconds an epoch, beside a hand-written loop and plain Lightning
+	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/training.py
 
 clean: ## remove .venv and caches; data and outputs stay

@@ -67,6 +67,21 @@ def test_impossible_valid_size_is_refused(value):
         configs.sizes(replace(composed().data, valid_size=value), 60000)
 
 
+def test_a_file_cannot_allow_packages_by_itself():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["allowed_targets=[os]", "model._target_=os.system"])
+    with pytest.raises(UserError, match="said by a file"):
+        configs.from_hydra(cfg)
+    with pytest.raises(UserError, match=r"package 'gaplab|package 'torch"):
+        configs.from_hydra(cfg, ["allowed_targets=[os]"])
+
+
+def test_passwords_do_not_reach_the_config_file():
+    uri = "postgresql://user:secret@host/db"
+    assert "secret" not in configs.to_yaml(composed(f"tracking.uri={uri}"))
+    assert configs.masked(f"{uri} x") == "postgresql://***@host/db x"
+
+
 def test_every_field_says_what_it_is():
     classes = [schema for group in configs.SCHEMAS.values() for schema in group]
     for schema in [*classes, configs.Paths]:

@@ -10,6 +10,7 @@ import torch
 from conftest import SMALL, composed
 
 from gaplab import launch
+from gaplab.data.loader import EpochOrder
 from gaplab.errors import TrainingError
 from gaplab.nn.build import build_network
 from gaplab.training.classifier import Classifier
@@ -153,6 +154,33 @@ def test_an_error_of_the_users_own_network_is_one_line_with_the_traceback_in_the
         launch.launch(config, folder)
     assert "Traceback" in (folder / "error.log").read_text()
     assert json.loads((folder / "result.json").read_text())["status"] == "FAILED"
+
+
+def test_a_model_that_diverges_in_the_last_step_is_not_saved(tmp_path):
+    folder = tmp_path / "run"
+    keys = ["data.train_size=100", "optimizer=sgd", "optimizer.lr=1e38", "trainer.max_epochs=1"]
+    with pytest.raises(TrainingError, match=r"the loss after epoch 1 \(step 1\) is not finite"):
+        launch.launch(composed(*SMALL, f"paths.outputs={tmp_path}", *keys), folder)
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert json.loads((folder / "result.json").read_text())["status"] == "FAILED"
+
+
+def test_every_epoch_has_an_order_of_its_own(run, monkeypatch):
+    orders = []
+    original = EpochOrder.order
+    monkeypatch.setattr(EpochOrder, "order", lambda self: orders.append((self.epoch, original(self))) or orders[-1][1])
+    run("trainer.max_epochs=3")
+    assert [epoch for epoch, _ in orders] == [0, 1, 2]
+    assert not torch.equal(orders[0][1], orders[1][1])
+    assert torch.equal(orders[0][1].sort().values, orders[1][1].sort().values)
+
+
+def test_the_logged_rate_is_the_one_of_the_epochs_last_step(run):
+    _, folder = run("scheduler=step", "scheduler.step_size=1", "scheduler.gamma=0.5", "optimizer.lr=0.01")
+    events = [
+        json.loads(line)["values"] for line in (folder / "journal.jsonl").read_text().splitlines() if '"lr"' in line
+    ]
+    assert [values["lr"] for values in events] == [0.01, 0.005]
 
 
 def test_one_sample_left_over_is_dropped_under_batchnorm_with_a_word(run, caplog):

@@ -14,16 +14,16 @@ from gaplab.config import did_you_mean
 from gaplab.errors import TrainingError, UserError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
 def run(main: Callable[[], Any]) -> None:
     """Call a `hydra.main` function and exit with its status."""
-    show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
     try:
         main()
     except Exception as error:
-        if show_traceback:
+        if SHOW_TRACEBACK:
             raise
         sys.exit(report(error))
     except KeyboardInterrupt:
@@ -42,7 +42,7 @@ def job(task: Callable[[Any], None]) -> Callable[[Any], None]:
         try:
             task(cfg)
         except (UserError, TrainingError) as error:
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
+            if SHOW_TRACEBACK or HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise
             sys.exit(report(error))
 

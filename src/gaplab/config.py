@@ -10,8 +10,7 @@ import json
 import math
 import re
 import secrets
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +147,8 @@ class TorchvisionData(Data):
     root: str = key(
         str(PROJECT / "data"), "Folder that holds the data, in torchvision's layout; what is missing is downloaded."
     )
-    train_kwargs: dict[str, Any] = key({"train": True}, "Arguments that select its official training part.")
-    test_kwargs: dict[str, Any] = key({"train": False}, "Arguments that select its official test part.")
+    train_kwargs: dict[str, Any] = key({}, "Arguments that select its official training part.")
+    test_kwargs: dict[str, Any] = key({}, "Arguments that select its official test part.")
     num_train: int | None = key(None, "Size of the official training part, if known beforehand.", POSITIVE)
 
 
@@ -208,7 +207,7 @@ class Step(Scheduler):
 @dataclass
 class Trainer:
     max_epochs: int = key(10, "Epochs to train.", POSITIVE)
-    accelerator: str = key("auto", "Where to compute.", ("auto", "cpu", "cuda", "gpu", "mps"))
+    accelerator: str = key("auto", "Where to compute.", ("auto", "cpu", "cuda", "gpu"))
     devices: int = key(1, "Devices to train on; this version trains on one.", POSITIVE)
     precision: str = key("32-true", "Number format, in Lightning's terms.", ("32-true", "bf16-mixed", "64-true"))
     deterministic: bool = key(False, "Refuse operations whose result varies from run to run (CUDA).")
@@ -231,7 +230,9 @@ class Tracking:
 @dataclass
 class MLflow(Tracking):
     uri: str = key(UNSET, "Tracking store: sqlite:///<absolute path>, http(s)://…, postgresql://…")
-    artifacts: str | None = key(None, "Where a new experiment keeps its artifacts; null for the server's choice.")
+    artifacts: str | None = key(
+        None, "Where a new experiment keeps its artifacts; null for beside a SQLite store, or the server's choice."
+    )
     experiment: str = key("gaplab", "MLflow experiment.")
     tags: dict[str, str] = key({}, "Further tags of the run.")
 
@@ -290,8 +291,12 @@ def register() -> None:
             store.store(group="schema", name=schema.__name__, node=schema)
 
 
-def from_hydra(cfg: Any) -> Config:
-    """The typed, checked config of a composed one. Raises UserError."""
+def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
+    """The typed, checked config of a composed one. Raises UserError.
+
+    `typed` are the overrides that a person typed: packages beyond the usual ones are allowed by these alone, never by
+    the config file that names the class.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue
 
@@ -301,6 +306,13 @@ def from_hydra(cfg: Any) -> Config:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
     assert isinstance(config, Config)
     _refuse_additions(cfg, config)
+    if config.allowed_targets != Config().allowed_targets and not any(
+        one.startswith("allowed_targets=") for one in typed
+    ):
+        names = ",".join(config.allowed_targets)
+        raise UserError(
+            f"allowed_targets=[{names}]: said by a file; if you trust it, say so yourself, on the command line"
+        )
     check(config)
     return config
 
@@ -315,13 +327,18 @@ def _refuse_additions(cfg: Any, config: Any, prefix: str = "") -> None:
             _refuse_additions(cfg[name], value, f"{prefix}{name}.")
 
 
+def masked(text: str) -> str:
+    """`text` without the user names and passwords of addresses in it."""
+    return re.sub(r"://[^@/\s]*@", "://***@", text)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as a file that Hydra can run again, schemas included."""
     from omegaconf import OmegaConf
 
     schemas = [f"- schema@{group}: {type(getattr(config, group)).__name__}" for group in SCHEMAS]
     defaults = "\n".join(["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_"])
-    return f"{defaults}\n\n{OmegaConf.to_yaml(OmegaConf.structured(config))}"
+    return f"{defaults}\n\n{masked(OmegaConf.to_yaml(OmegaConf.structured(config)))}"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -460,8 +477,6 @@ def cuda_devices() -> int:
 
 
 def _check_devices(trainer: Trainer) -> None:
-    if trainer.accelerator == "mps" and sys.platform != "darwin":
-        raise UserError("trainer.accelerator=mps: this is no Apple machine; use auto or cpu")
     cuda = cuda_devices() if trainer.accelerator in ("auto", "cuda", "gpu") else 0
     if trainer.accelerator in ("cuda", "gpu") and cuda == 0:
         raise UserError(f"trainer.accelerator={trainer.accelerator}: no CUDA device here; use auto or cpu")

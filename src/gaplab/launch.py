@@ -25,6 +25,7 @@ def launch(config: Config, folder: Path | None = None) -> Any:
     _check_root(config.data)
     folder = _make_folder(config, folder)
     (folder / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
+    print(f"{configs.run_name(config)}  in {folder}", flush=True)
     tracker = Tracker(folder, config.tracking, configs.run_name(config), _tags(config))
 
     from gaplab import worker  # torch and Lightning: seconds, in which the tracking process gets ready too
@@ -66,7 +67,7 @@ def _make_folder(config: Config, folder: Path | None) -> Path:
 def _tags(config: Config) -> dict[str, str]:
     tags = {"condition": configs.condition(config), "config_hash": configs.config_hash(config)}
     tags |= {f"version/{name}": metadata.version(name) for name in ("torch", "lightning", "hydra-core")}
-    return tags | dict(_git()) | {"overrides": _overrides()}
+    return tags | dict(_git()) | {"overrides": configs.masked(" ".join(overrides()))}
 
 
 def _git() -> Iterator[tuple[str, str]]:
@@ -83,7 +84,8 @@ def _git() -> Iterator[tuple[str, str]]:
         return
 
 
-def _overrides() -> str:
+def overrides() -> list[str]:
+    """What was typed after `train.py`; nothing when gaplab is used as a library."""
     from hydra.core.hydra_config import HydraConfig
 
-    return " ".join(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -90,7 +91,7 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
     console = Console(highlight=False)
     try:
         with quiet_lightning():
-            _run(config, folder, tracker, result, console)
+            _run(config, folder, tracker, result, console, started)
         result.status = "FINISHED"
     except KeyboardInterrupt:
         result.status = "KILLED"
@@ -105,14 +106,16 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
     finally:
         if result.error:
             tracker.tags({"error": result.error[:5000]})
+        result.total_s = time.perf_counter() - started
+        _write_result(result, folder)  # once before MLflow is waited for: it may keep us waiting, or be interrupted
         result.run_id = tracker.finish(result.status) or run_id
         result.total_s = time.perf_counter() - started
         _write_result(result, folder)
-    print_summary(console, asdict(result), folder, config)
+    print_summary(console, asdict(result), config)
     return result
 
 
-def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, console: Console) -> None:
+def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, console: Console, started: float) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -124,7 +127,7 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     network = _build_network(config, data)
     result.params = sum(parameter.numel() for parameter in network.parameters())
     train = data.splits["train"]
-    tracker.params(configs.flatten(config))
+    tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
     tracker.dataset(
         config.data.name,
         train.source.digest(),
@@ -166,7 +169,7 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
             )
         )
     trainer = pl.Trainer(
-        accelerator=config.trainer.accelerator,
+        accelerator=_accelerator(config.trainer.accelerator),
         devices=1,
         max_epochs=config.trainer.max_epochs,
         precision=config.trainer.precision,  # type: ignore[arg-type]
@@ -183,7 +186,8 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     start = time.perf_counter()
     try:
         trainer.fit(classifier, datamodule=data)
-    except SystemExit:  # Lightning's answer to Ctrl-C
+    except SystemExit:  # Lightning's answer to Ctrl-C, which it has also switched off
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from None
     finally:
         result.fit_s = time.perf_counter() - start
@@ -192,12 +196,16 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
 
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     network.load_state_dict({name.removeprefix("network."): value for name, value in best["state_dict"].items()})
+    network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
     assert result.best is not None
     summary = {f"best/{RESULT_NAMES[name]}": value for name, value in result.best.items() if name in RESULT_NAMES}
-    drawings = _figures(config, data, network, measured, result)
+    with trainer.precision_plugin.forward_context():
+        drawings = _figures(config, data, network, measured, result)
     if result.test_acc is not None and result.test_loss is not None:
         summary |= {"test/acc": result.test_acc, "test/loss": result.test_loss}
-    tracker.metrics(summary | {"best/epoch": result.best["epoch"], "time/fit_s": result.fit_s}, result.epochs)
+    assert classifier.first_step is not None
+    times = {"time/fit_s": result.fit_s, "time/to_first_step_s": classifier.first_step - started}
+    tracker.metrics(summary | {"best/epoch": result.best["epoch"]} | times, result.epochs)
     for path in figures.save_figures(folder / "figures", drawings):
         tracker.artifact(path, "figures")
     for name in ("config.yaml", "splits.npz"):
@@ -281,13 +289,20 @@ def _figures(
     }
 
 
+def _accelerator(name: str) -> str:
+    """CUDA or the CPU: elsewhere gaplab was never run, and float64 statistics are not to be had on Apple's GPUs."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _write_result(result: RunResult, folder: Path) -> None:
     partial = folder / ".result.json"
-    partial.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    partial.write_text(json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
     os.replace(partial, folder / "result.json")
 
 

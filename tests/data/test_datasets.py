@@ -102,6 +102,12 @@ def test_svhn_is_read_with_its_own_arguments(tmp_path, monkeypatch):
     assert test.labels.tolist() == [1, 2, 3, 4]
 
 
+def test_arguments_that_a_data_set_does_not_take_are_refused(tmp_path):
+    # left out, they would make its training part the test part too
+    with pytest.raises(UserError, match="unexpected keyword argument 'train'"):
+        load(tmp_path, "torchvision.datasets.SVHN", {"train": True}, {"train": False})
+
+
 class Own(Dataset):
     """A user's data set of PIL pictures."""
 

@@ -52,7 +52,8 @@ def run_in_mlflow(finished):
 def test_a_person_sees_epochs_table_and_what_to_type_next(finished):
     done, _, folder = finished
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("epoch 1/2  loss ")
+    assert lines[0] == f"mlp bn s0  in {folder}"
+    assert lines[1].startswith("epoch 1/2  loss ")
     result = json.loads((folder / "result.json").read_text())
     low, high = (f"{100 * result['best'][f'gap_acc_{end}']:+.2f}" for end in ("low", "high"))
     assert f"[{low}, {high}]" in done.stdout
@@ -153,6 +154,20 @@ def test_a_server_that_is_not_there_costs_seconds_and_loses_nothing(tmp_path: Pa
     assert error.startswith("MLflow does not have the whole run: ")
     assert error.count("\n") == 1
     assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])["status"] == "FINISHED"
+
+
+def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(tmp_path: Path, capfd):
+    tracking = composed(f"paths.outputs={tmp_path}").tracking
+    tracker = Tracker(tmp_path, tracking, "refused", {})
+    tracker.metrics({"train/acc": 0.25}, step=1)
+    tracker.artifact(tmp_path / "nowhere.png")
+    tracker.metrics({"train/acc": 0.5}, step=2)
+    run_id = tracker.finish("FINISHED")
+    assert "nowhere.png" in capfd.readouterr().err
+    from mlflow import MlflowClient
+
+    run = MlflowClient(tracking.uri).get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/acc": 0.5})
 
 
 def test_follow_waits_for_whole_lines(tmp_path: Path):

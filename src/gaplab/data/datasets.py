@@ -33,7 +33,7 @@ def load_dataset(
         verify_archives(dataset_class, Path(root))
         for kwargs in (train_kwargs, test_kwargs):
             try:
-                parts.append(dataset_class(**accepted(dataset_class, {"root": root, "download": True} | kwargs)))
+                parts.append(dataset_class(**accepted(dataset_class, {"root": root, "download": True}), **kwargs))
             except (OSError, RuntimeError, EOFError, ValueError, AssertionError, TypeError) as error:
                 reason = str(error).strip().replace("\n", " ") or type(error).__name__
                 raise UserError(
@@ -62,7 +62,7 @@ def _locked(root: Path) -> Iterator[None]:
 def verify_archives(dataset_class: Any, root: Path) -> None:
     """Compare the archives that lie there with the MD5 sums that the class publishes. Raises UserError."""
     published: list[tuple[Path, str]] = []
-    if hasattr(dataset_class, "resources"):  # MNIST and its kin
+    if isinstance(getattr(dataset_class, "resources", None), list):  # MNIST and its kin
         folder = root / dataset_class.__name__ / "raw"
         published += [(folder / name, md5) for name, md5 in dataset_class.resources]
     if hasattr(dataset_class, "tgz_md5"):  # CIFAR

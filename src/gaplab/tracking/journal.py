@@ -2,7 +2,7 @@
 
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
 `run` (name, uri, experiment, artifacts), `params`, `tags` (values), `metrics` (step, values), `dataset`, `artifact`
-(path, folder) and, last, `finish` (status).
+(path, folder) and, last, `finish` (status). The uri may hold a password: the file is its owner's alone.
 """
 
 import json
@@ -28,7 +28,7 @@ class Tracker:
 
     def __init__(self, folder: Path, settings: Tracking, name: str, tags: dict[str, str]) -> None:
         self._path = folder / "journal.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = open(self._path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 (open for the whole run)
         self._sender: subprocess.Popen[bytes] | None = None
         if isinstance(settings, MLflow):
             self._write(
@@ -88,6 +88,10 @@ class Tracker:
     def _write(self, event: str, **fields: Any) -> None:
         self._file.write(json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False) + "\n")
         self._file.flush()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _start_sender(journal: Path) -> "subprocess.Popen[bytes]":

@@ -1,7 +1,7 @@
 """The sender: follows a journal and puts it into MLflow.
 
-Run as `python -m gaplab.tracking.mlflow <journal> <pid of the writer>`. It ends with status 0 when the journal's last
-event is sent, and with 1 and one line of reason when MLflow did not take something.
+Run as `python -m gaplab.tracking.mlflow <journal> <pid of the writer>`. It ends with status 0 when the journal is
+sent, and with 1 and one line of reason when MLflow did not take something.
 """
 
 import contextlib
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 # the whole wait for a server that does not answer stays below 10 s; no request leaves for anyone but the server
-os.environ |= {
+for name, value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
-}
+}.items():
+    os.environ.setdefault(name, value)
 
 
 def follow(journal: Path, writer: int) -> Iterator[dict[str, Any]]:
@@ -50,7 +51,7 @@ class Sender:
 
         with _initializing(start["uri"]):
             self.client = MlflowClient(tracking_uri=start["uri"])
-            experiment = self._experiment(start["experiment"], start.get("artifacts"))
+            experiment = self._experiment(start["experiment"], start["artifacts"] or _beside(start["uri"]))
         run = self.client.create_run(experiment, start_time=_ms(start), run_name=start["name"])
         self.run_id: str = run.info.run_id
 
@@ -97,6 +98,11 @@ class Sender:
                 self.client.set_terminated(self.run_id, event["status"], _ms(event))
 
 
+def _beside(uri: str) -> str | None:
+    """The artifact folder beside a SQLite store; None leaves the choice to a server."""
+    return str(Path(uri.removeprefix("sqlite:///")).with_name("artifacts")) if uri.startswith("sqlite:///") else None
+
+
 @contextlib.contextmanager
 def _initializing(uri: str) -> Iterator[None]:
     """Let one process at a time create a SQLite store: two at once would both try, and one fail."""
@@ -119,12 +125,22 @@ def main(journal: Path, writer: int) -> int:
     try:
         sender = Sender(next(events))
         journal.with_name("mlflow.json").write_text(json.dumps({"run_id": sender.run_id}) + "\n")
-        for event in events:
+    except Exception as error:  # whatever MLflow or the network came up with
+        return _complain([error])
+    failures: list[Exception] = []
+    for event in events:
+        try:
             sender.send(event)
-    except Exception as error:  # whatever MLflow or the network came up with: say it and end
-        print(str(error).strip().partition("\n")[0] or type(error).__name__, file=sys.stderr)
-        return 1
-    return 0
+        except Exception as error:  # the other events, and the end of the run above all, are to arrive all the same
+            failures.append(error)
+    return _complain(failures)
+
+
+def _complain(failures: list[Exception]) -> int:
+    for error in failures[:1]:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        print((str(error).strip().partition("\n")[0] or type(error).__name__) + more, file=sys.stderr)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

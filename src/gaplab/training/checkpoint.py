@@ -29,12 +29,20 @@ class ChecksumIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             digest = _sha256(partial)
+            _checksum_path(path).unlink(missing_ok=True)  # of the old file: a crash here leaves one without a checksum
             os.replace(partial, path)
+            with partial.open("w") as file:
+                file.write(f"{digest}  {path.name}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, _checksum_path(path))
         finally:
             partial.unlink(missing_ok=True)
-        checksum = partial.with_suffix(".sha256")
-        checksum.write_text(f"{digest}  {path.name}\n")
-        os.replace(checksum, _checksum_path(path))
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path), map_location)
@@ -56,6 +64,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than plain values and tensors; it is not read") from None
+    except (OSError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]})") from None
 
 
 def _checksum_path(path: Path) -> Path:

@@ -34,6 +34,8 @@ class Classifier(LightningModule):
     Attributes:
         running: correct answers and samples of this epoch so far, counted in train mode while the weights move.
         train_s: seconds spent in training steps, over all epochs.
+        lr: learning rate of the newest optimizer step.
+        first_step: `time.perf_counter()` when the first training step began, None before.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Classifier(LightningModule):
         self.network = network
         self.running = [0, 0]
         self.train_s = 0.0
+        self.first_step: float | None = None
+        self.lr = optimizer.lr
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._accumulate = accumulate
@@ -81,6 +85,7 @@ class Classifier(LightningModule):
         Raises TrainingError that names the step when a loss is not finite.
         """
         start = time.perf_counter()
+        self.first_step = self.first_step or start
         optimizer = self.optimizers(use_pl_optimizer=False)
         scheduler = self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
@@ -95,6 +100,7 @@ class Classifier(LightningModule):
             if self._batches_done % self._accumulate == 0 or self._batches_done == self._batches_per_epoch:
                 if self._clip is not None:
                     nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
+                self.lr = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 optimizer.zero_grad()
                 if scheduler is not None:
@@ -125,7 +131,7 @@ class Classifier(LightningModule):
         step = self.current_epoch * self.steps_per_epoch + number + 1
         raise TrainingError(
             f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower "
-            "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is from before it"
+            "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
         )
 
     def _count_steps(self, steps: int) -> None:

@@ -1,5 +1,6 @@
 """The one estimator of accuracy, and the callback that measures the gap with it after every epoch."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from gaplab.errors import TrainingError
 from gaplab.metrics import Score, gap
 from gaplab.training.classifier import Batch, Classifier
 
@@ -50,7 +52,7 @@ class Epoch:
     train: Score
     valid: Score
     running_acc: float
-    lr: float
+    lr: float  # of the epoch's last optimizer step
     epoch_s: float  # the whole epoch, evaluation included
     eval_s: float  # the evaluation of both splits
     steps_per_s: float  # training steps alone
@@ -77,7 +79,7 @@ class Epoch:
 
 class GapCallback(Callback):
     """Evaluates both splits at the end of every epoch and logs the metrics, so that checkpoints and early stopping see
-    them.
+    them. Raises TrainingError, before any checkpoint, when the loss is not finite.
 
     Args:
         batches: every sample of a named split, once.
@@ -105,6 +107,11 @@ class GapCallback(Callback):
                 score(pl_module.network, self._batches(split), self._num_classes, pl_module.device)
                 for split in ("train", "valid")
             )
+        if not math.isfinite(train.loss + valid.loss):
+            raise TrainingError(
+                f"the loss after epoch {trainer.current_epoch + 1} (step {trainer.global_step}) is not finite; a lower "
+                "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
+            )
         now = time.perf_counter()
         hits, count = pl_module.running
         epoch = Epoch(
@@ -112,7 +119,7 @@ class GapCallback(Callback):
             train=train,
             valid=valid,
             running_acc=hits / count,
-            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            lr=pl_module.lr,
             epoch_s=now - self._start[0],
             eval_s=now - evaluation,
             steps_per_s=pl_module.steps_per_epoch / (pl_module.train_s - self._start[1]),

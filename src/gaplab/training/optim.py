@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules from their configs."""
 
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields
 from typing import Any
 
 from torch import nn
@@ -29,10 +29,18 @@ def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targ
             {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
+    taken = accepted(optimizer_class, offered)
+    for item in fields(settings):  # a key that is left at its default may be unknown to an optimizer of another kind
+        if item.name in offered.keys() - taken.keys() and getattr(settings, item.name) != _default(item):
+            raise UserError(f"optimizer.{item.name}: {settings._target_} takes no such argument")
     try:
-        return optimizer_class(groups, **accepted(optimizer_class, offered | {"fused": True}))
+        return optimizer_class(groups, **taken, **accepted(optimizer_class, {"fused": True}))
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def build_scheduler(
@@ -48,7 +56,14 @@ def build_scheduler(
     if isinstance(settings, config.Cosine):
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=settings.min_lr)
     if isinstance(settings, config.OneCycle):
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=settings.pct_start)
+        try:
+            return lr_scheduler.OneCycleLR(
+                optimizer, max_lr=lr, total_steps=total_steps, pct_start=settings.pct_start, cycle_momentum=False
+            )
+        except ZeroDivisionError:
+            raise UserError(
+                f"scheduler.pct_start={settings.pct_start}: one of {total_steps} steps, too few to rise in"
+            ) from None
     if isinstance(settings, config.Step):
         return lr_scheduler.StepLR(optimizer, settings.step_size * steps_per_epoch, settings.gamma)
     return None

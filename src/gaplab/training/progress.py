@@ -1,12 +1,12 @@
 """What a person sees while a run goes on and when it ends."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -70,10 +70,10 @@ class ProgressBar(Callback):
         self._bar.stop()
 
 
-def print_summary(console: Console, result: dict[str, Any], folder: Path, config: Config) -> None:
+def print_summary(console: Console, result: dict[str, Any], config: Config) -> None:
     """The table at the end of a run, and what to type next."""
     best = result["best"]
-    table = Table(title=run_name(config), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(run_name(config)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for label, row, epoch, test in (
@@ -86,7 +86,7 @@ def print_summary(console: Console, result: dict[str, Any], folder: Path, config
             f"{row['train_acc']:.4f}",
             f"{row['valid_acc']:.4f}",
             f"{100 * row['gap_acc']:+.2f}",
-            f"[{100 * row['gap_acc_low']:+.2f}, {100 * row['gap_acc_high']:+.2f}]".replace("[", "\\["),
+            f"[{100 * row['gap_acc_low']:+.2f}, {100 * row['gap_acc_high']:+.2f}]",
             "" if test is None else f"{test:.4f}",
         )
     console.print(table)
@@ -96,14 +96,8 @@ def print_summary(console: Console, result: dict[str, Any], folder: Path, config
         f"{result['params']:,} parameters, {result['device']}",
         soft_wrap=True,
     )
-    console.print(f"folder  {shown_path(folder)}", soft_wrap=True)
     toggled = "false" if config.model.bn else "true"
     console.print(
         f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
         soft_wrap=True,
     )
-
-
-def shown_path(path: Path) -> str:
-    """Relative to where the person is, when it lies below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
