@@ -150,7 +150,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = build_datamodule(
-        configs.TorchvisionData(_target_="torchvision.datasets.MNIST", name="mnist", valid_size=5000, batch_size=BATCH),
+        configs.TorchvisionData(
+            _target_="torchvision.datasets.MNIST",
+            name="mnist",
+            train_kwargs={"train": True},
+            test_kwargs={"train": False},
+            valid_size=5000,
+            batch_size=BATCH,
+        ),
         seed=0,
     )
     print(

@@ -34,7 +34,9 @@ def load_dataset(
         for kwargs in (train_kwargs, test_kwargs):
             try:
                 parts.append(dataset_class(**accepted(dataset_class, {"root": root, "download": True}), **kwargs))
-            except (OSError, RuntimeError, EOFError, ValueError, AssertionError, TypeError) as error:
+            except TypeError as error:
+                raise UserError(f"data.train_kwargs, data.test_kwargs: {error}") from None
+            except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
                 reason = str(error).strip().replace("\n", " ") or type(error).__name__
                 raise UserError(
                     f"data.root={root}: {dataset_class.__name__} is neither there in a readable form nor to be "
