@@ -78,7 +78,9 @@ def _git() -> Iterator[tuple[str, str]]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        yield "git/commit", git("rev-parse", "HEAD")
+        commit = git("rev-parse", "HEAD")
+        yield "git/commit", commit
+        yield "mlflow.source.git.commit", commit  # where MLflow's own pages look for it
         yield "git/dirty", str(bool(git("status", "--porcelain"))).lower()
     except (OSError, subprocess.CalledProcessError):
         return

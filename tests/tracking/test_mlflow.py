@@ -84,6 +84,7 @@ def test_mlflow_has_the_runs_parameters_tags_and_status(run_in_mlflow):
     assert run.data.tags["who"] == "test"
     assert "model.bn=true" in run.data.tags["overrides"]
     assert run.data.tags["version/torch"]
+    assert run.data.tags["mlflow.source.name"] == "src/train.py"
 
 
 def test_mlflow_has_every_metric_of_every_epoch(run_in_mlflow):

@@ -5,6 +5,7 @@ sent, and with 1 and one line of reason when MLflow did not take something.
 """
 
 import contextlib
+import getpass
 import json
 import os
 import sys
@@ -52,7 +53,8 @@ class Sender:
         with _initializing(start["uri"]):
             self.client = MlflowClient(tracking_uri=start["uri"])
             experiment = self._experiment(start["experiment"], start["artifacts"] or _beside(start["uri"]))
-        run = self.client.create_run(experiment, start_time=_ms(start), run_name=start["name"])
+        source = {"mlflow.source.name": "src/train.py", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
+        run = self.client.create_run(experiment, start_time=_ms(start), tags=source, run_name=start["name"])
         self.run_id: str = run.info.run_id
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
@@ -61,7 +63,11 @@ class Sender:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location=artifacts))
+                return str(
+                    self.client.create_experiment(
+                        name, artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
+                    )
+                )
             except MlflowException:  # another start was faster
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
