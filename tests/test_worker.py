@@ -83,6 +83,9 @@ def test_result_holds_what_the_contract_says(run):
     ]
     assert result["best"]["epoch"] == 1 + valid.index(max(valid))
     assert result["valid_acc"] == valid[-1]
+    epochs = {"last": result["epochs"], "best": result["best"]["epoch"]}
+    for name, epoch in epochs.items():
+        assert torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"] == epoch - 1
     assert 0.5 < result["test_acc"] < 1
 
 

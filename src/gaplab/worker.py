@@ -126,30 +126,10 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     data.save_splits(folder / "splits.npz")
     network = _build_network(config, data)
     result.params = sum(parameter.numel() for parameter in network.parameters())
-    train = data.splits["train"]
+    sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
-    tracker.dataset(
-        config.data.name,
-        train.source.digest(),
-        config.data.root,
-        {"num_train": len(train.indices), "num_valid": len(data.splits["valid"].indices), "classes": len(data.classes)},
-    )
+    tracker.dataset(config.data.name, data.splits["train"].source.digest(), config.data.root, sizes)
 
-    classifier = Classifier(
-        network,
-        config.optimizer,
-        config.scheduler,
-        hyper_parameters={
-            "model": asdict(config.model),
-            "in_shape": list(data.in_shape),
-            "num_classes": len(data.classes),
-            "classes": data.classes,
-        },
-        batches_per_epoch=data.batches_per_epoch,
-        accumulate=config.trainer.accumulate_grad_batches,
-        clip=config.trainer.gradient_clip_val,
-        allowed_targets=config.allowed_targets,
-    )
     progress = ProgressBar(console)
 
     def on_epoch(epoch: Epoch) -> None:
@@ -157,31 +137,8 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         progress.show(epoch, config.trainer.max_epochs)
 
     measured = GapCallback(data.batches, len(data.classes), on_epoch)
-    checkpoints = ModelCheckpoint(
-        folder / "checkpoints", filename="best", monitor="valid/acc", mode="max", save_last=True,
-        save_on_train_epoch_end=True, enable_version_counter=False, auto_insert_metric_name=False,
-    )  # fmt: skip
-    callbacks: list[pl.Callback] = [measured, progress, checkpoints]
-    if config.trainer.early_stopping is not None:
-        callbacks.append(
-            EarlyStopping(
-                "valid/acc", mode="max", patience=config.trainer.early_stopping, check_on_train_epoch_end=True
-            )
-        )
-    trainer = pl.Trainer(
-        accelerator=_accelerator(config.trainer.accelerator),
-        devices=1,
-        max_epochs=config.trainer.max_epochs,
-        precision=config.trainer.precision,  # type: ignore[arg-type]
-        deterministic=config.trainer.deterministic,
-        callbacks=callbacks,
-        plugins=[ChecksumIO()],
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = _trainer(config, folder, [measured, progress])
+    classifier = _classifier(config, data, network)
     result.device = _device_name(trainer.strategy.root_device)
     start = time.perf_counter()
     try:
@@ -197,21 +154,69 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     network.load_state_dict({name.removeprefix("network."): value for name, value in best["state_dict"].items()})
     network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
-    assert result.best is not None
-    summary = {f"best/{RESULT_NAMES[name]}": value for name, value in result.best.items() if name in RESULT_NAMES}
     with trainer.precision_plugin.forward_context():
-        drawings = _figures(config, data, network, measured, result)
-    if result.test_acc is not None and result.test_loss is not None:
-        summary |= {"test/acc": result.test_acc, "test/loss": result.test_loss}
+        drawings = _test(config, data, network, measured, result)
+    paths = figures.save_figures(folder / "figures", drawings)
     assert classifier.first_step is not None
-    times = {"time/fit_s": result.fit_s, "time/to_first_step_s": classifier.first_step - started}
-    tracker.metrics(summary | {"best/epoch": result.best["epoch"]} | times, result.epochs)
-    for path in figures.save_figures(folder / "figures", drawings):
+    tracker.metrics(_summary(result) | {"time/to_first_step_s": classifier.first_step - started}, result.epochs)
+    for path in paths:
         tracker.artifact(path, "figures")
     for name in ("config.yaml", "splits.npz"):
         tracker.artifact(folder / name)
     for name in ("best.ckpt", "best.ckpt.sha256"):
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
+
+
+def _classifier(config: Config, data: DataModule, network: Network) -> Classifier:
+    return Classifier(
+        network,
+        config.optimizer,
+        config.scheduler,
+        hyper_parameters={
+            "model": asdict(config.model),
+            "in_shape": list(data.in_shape),
+            "num_classes": len(data.classes),
+            "classes": data.classes,
+        },
+        batches_per_epoch=data.batches_per_epoch,
+        accumulate=config.trainer.accumulate_grad_batches,
+        clip=config.trainer.gradient_clip_val,
+        allowed_targets=config.allowed_targets,
+    )
+
+
+def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer, with what gaplab does itself switched off. Checkpoints come after the callbacks given."""
+    settings = config.trainer
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor="valid/acc",
+        mode="max",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+    )
+    stopping: list[pl.Callback] = []
+    if settings.early_stopping is not None:
+        stopping = [
+            EarlyStopping("valid/acc", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
+        ]
+    return pl.Trainer(
+        accelerator=_accelerator(settings.accelerator),
+        devices=1,
+        max_epochs=settings.max_epochs,
+        precision=settings.precision,  # type: ignore[arg-type]
+        deterministic=settings.deterministic,
+        callbacks=[*callbacks, *stopping, checkpoints],
+        plugins=[ChecksumIO()],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 def _keep_freed_memory() -> None:
@@ -250,7 +255,16 @@ def _record(result: RunResult, measured: GapCallback) -> None:
     result.best = {name: best.metrics()[metric] for name, metric in RESULT_NAMES.items()} | {"epoch": best.number}
 
 
-def _figures(
+def _summary(result: RunResult) -> dict[str, float]:
+    """The metrics of a run as a whole."""
+    assert result.best is not None
+    summary = {f"best/{RESULT_NAMES[name]}": value for name, value in result.best.items() if name in RESULT_NAMES}
+    if result.test_acc is not None and result.test_loss is not None:
+        summary |= {"test/acc": result.test_acc, "test/loss": result.test_loss}
+    return summary | {"best/epoch": result.best["epoch"], "time/fit_s": result.fit_s}
+
+
+def _test(
     config: Config, data: DataModule, network: Network, measured: GapCallback, result: RunResult
 ) -> dict[str, Callable[[], Figure]]:
     """Read the test split, once, with the best weights, into `result`; the drawings of the run."""

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +131,3 @@ class GapCallback(Callback):
     def best(self) -> Epoch:
         """The epoch of the highest valid/acc, the earliest on a tie."""
         return max(self.history, key=lambda epoch: (epoch.valid.acc, -epoch.number))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
