@@ -64,10 +64,14 @@ class ProgressBar(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._bar.stop()
+        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._console.is_terminal:  # elsewhere it was never started, and would end with an empty line
+            self._bar.stop()
 
 
 def print_summary(console: Console, result: dict[str, Any], config: Config) -> None:

@@ -1,0 +1,44 @@
+"""What a figure shows is what was measured."""
+
+import numpy as np
+
+from gaplab import figures
+
+NAMES = ("train/acc", "valid/acc", "train/acc_running", "gap/acc", "gap/acc_low", "gap/acc_high")
+HISTORY = [
+    dict(zip(NAMES, values, strict=True))
+    for values in ((0.9, 0.88, 0.8, 0.02, 0.01, 0.03), (0.99, 0.9, 0.95, 0.09, 0.08, 0.1))
+]
+
+
+def test_learning_curves_show_every_epoch_and_the_gap_in_pp():
+    upper, lower = figures.learning_curves(HISTORY, 2, "a run").axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in upper.lines}
+    assert curves["train"] == [0.9, 0.99]
+    assert curves["valid"] == [0.88, 0.9]
+    assert np.allclose(lower.lines[0].get_ydata(), [2, 9])
+    assert "best valid: epoch 2" in curves
+
+
+def test_confusion_matrix_has_true_classes_in_rows():
+    axes = figures.confusion_matrix(np.array([[5, 1], [0, 7]]), ["cat", "dog"], "a run").axes[0]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "5"),
+        ((1, 0), "1"),
+        ((1, 1), "7"),
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_worst_mistakes_name_truth_answer_and_probability_and_may_be_none():
+    images = np.zeros((1, 3, 4, 4), np.uint8)
+    drawn = figures.worst_mistakes(images, ["cat"], ["dog"], np.array([0.987]), "a run")
+    assert drawn.axes[0].get_title() == "cat, not dog\n(98.7 %)"
+    assert "none" in figures.worst_mistakes(images[:0], [], [], np.array([]), "a run").get_suptitle()
+
+
+def test_normalization_panels_state_the_statistics():
+    images = np.array([0, 255] * 8, np.uint8).reshape(4, 1, 2, 2)
+    drawn = figures.normalization(images, np.array([0.5]), np.array([0.5]))
+    labels = [axes.get_xlabel() for axes in drawn.axes if axes.get_xlabel()]
+    assert labels == ["mean 0.500, sd 0.500", "mean 0.000, sd 0.500", "mean 0.000, sd 1.000"]
