@@ -143,8 +143,8 @@ def accuracy(network: nn.Module, data: DataModule) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--slow-repeats", type=int, default=3, help="of plain Lightning")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slow-repeats", type=int, default=2, help="of plain Lightning")
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()

@@ -56,8 +56,11 @@ def test_help_teaches(tmp_path: Path):
     done = train_py("--help", cwd=tmp_path)
     assert done.returncode == 0
     for expected in (
-        "model: cnn, custom, mlp, resnet, torchvision",
-        "python src/train.py model.bn=true",
-        "dropout: 0.0",
+        "  model       cnn, custom, mlp, resnet, torchvision\n",
+        "  python src/train.py model.bn=true ",
+        "  model.dropout=0.0\n      Probability of dropping a unit. Allowed: a number in [0, 1).\n",
     ):
         assert expected in done.stdout
+    assert "model.depth=20" in train_py("model=resnet", "-h", cwd=tmp_path).stdout
+    wrong = train_py("model.bnn=1", "--help", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)

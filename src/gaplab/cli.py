@@ -10,18 +10,40 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from gaplab.config import did_you_mean
+from gaplab.config import PROJECT, describe, did_you_mean, from_hydra
 from gaplab.errors import TrainingError, UserError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+HELP = """\
+gaplab: train an image classifier and measure its overfitting gap, with an interval.
+
+  python src/train.py model.bn=true                        one run, BatchNorm on
+  python src/train.py model=cnn model.dropout=0.5 seed=1   another network, dropout, seed
+  python src/train.py experiment=baseline                  a shipped experiment
+  python src/train.py -m model.bn=false,true seed=0,1,2    every combination, one after another
+  python src/train.py --cfg job                            print the composed config, run nothing
+  python src/train.py model=resnet --help                  the keys of another choice
+  python src/train.py --hydra-help                         Hydra's own options
+
+Choose one of each group with group=option:
+
+{groups}
+
+Change any key with key=value:
+
+{keys}"""
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
 def run(main: Callable[[], Any]) -> None:
     """Call a `hydra.main` function and exit with its status."""
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
+    words = sys.argv[1:]
     try:
-        main()
+        if {"--help", "-h"} & set(words):
+            print(help_text([word for word in words if not word.startswith("-")]))
+        else:
+            main()
     except Exception as error:
         if SHOW_TRACEBACK:
             raise
@@ -29,6 +51,18 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def help_text(overrides: list[str]) -> str:
+    """What can be typed: the groups, and every key of the config that `overrides` compose. Hydra's own takes seconds."""
+    from hydra import compose, initialize_config_dir
+
+    folder = PROJECT / "conf"
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        config = from_hydra(compose("train", overrides), overrides)
+    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra")
+    choices = [f"  {group.name:11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
+    return HELP.format(groups="\n".join(choices), keys="\n".join(f"  {line}" for line in describe(config)))
 
 
 def job(task: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -391,12 +391,28 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         if is_dataclass(value):
             yield from _walk(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", value, item.metadata.get("allowed")
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def describe(config: Config) -> Iterator[str]:
+    """A line for each key: its value, what it means, and what it may be."""
+    for name, value, metadata in _walk(config):
+        allowed = metadata.get("allowed")
+        limits = (
+            f" One of {', '.join(allowed)}."
+            if isinstance(allowed, tuple)
+            else f" Allowed: {allowed}."
+            if allowed
+            else ""
+        )
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        yield f"{name}={shown}\n      {metadata['doc']}{limits}"
 
 
 def check(config: Config) -> None:
     """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
-    for name, value, allowed in _walk(config):
+    for name, value, metadata in _walk(config):
+        allowed = metadata.get("allowed")
         if allowed is None or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
