@@ -54,7 +54,7 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def help_text(overrides: list[str]) -> str:
-    """What can be typed: the groups, and every key of the config that `overrides` compose. Hydra's own takes seconds."""
+    """What can be typed: the groups, and each key of the config that `overrides` compose. Hydra's own takes seconds."""
     from hydra import compose, initialize_config_dir
 
     folder = PROJECT / "conf"
