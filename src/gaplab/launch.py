@@ -1,5 +1,6 @@
 """One job: make its folder, start its tracking, and only then import what is heavy and run it."""
 
+import logging
 import secrets
 import subprocess
 import time
@@ -28,6 +29,7 @@ def launch(config: Config, folder: Path | None = None) -> Any:
     print(f"{configs.run_name(config)}  in {folder}", flush=True)
     tracker = Tracker(folder, config.tracking, configs.run_name(config), _tags(config))
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
     from gaplab import worker  # torch and Lightning: seconds, in which the tracking process gets ready too
 
     return worker.run(config, folder, tracker, run_id, started)
