@@ -40,6 +40,20 @@ def test_experiments_override_what_stands_before_them():
     assert composed("experiment=bn", "model.bn=false").model.bn is False
 
 
+def test_the_papers_figure_1_is_one_condition_toggled_by_batchnorm():
+    plain, normalized = (
+        composed("experiment=ioffe_szegedy_fig1"),
+        composed("experiment=ioffe_szegedy_fig1", "model.bn=true"),
+    )
+    assert (plain.model.bn, plain.model.activation, plain.data.normalize) == (False, "sigmoid", "binary")
+    assert replace(plain, model=replace(plain.model, bn=True)) == normalized
+    train, _ = configs.sizes(plain.data, 60000)
+    assert 50_000 <= plain.trainer.max_epochs * -(-train // plain.data.batch_size) < 51_000
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["experiment=ioffe_szegedy_fig1"], return_hydra_config=True)
+    assert dict(cfg.hydra.sweeper.params) == {"model.bn": "false,true"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [

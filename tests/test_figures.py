@@ -1,6 +1,7 @@
 """What a figure shows is what was measured."""
 
 import numpy as np
+import pytest
 
 from gaplab import figures
 
@@ -42,3 +43,18 @@ def test_normalization_panels_state_the_statistics():
     drawn = figures.normalization(images, np.array([0.5]), np.array([0.5]))
     labels = [axes.get_xlabel() for axes in drawn.axes if axes.get_xlabel()]
     assert labels == ["mean 0.500, sd 0.500", "mean 0.000, sd 0.500", "mean 0.000, sd 1.000"]
+
+
+@pytest.mark.parametrize(("layers", "shown"), [(1, [1]), (3, [1, 2, 3]), (19, [1, 5, 8, 12, 15, 19])])
+def test_activations_show_percentiles_of_at_most_six_layers_one_unit_and_the_dead(layers, shown):
+    names = [f"act/{layer}/{name}" for layer in range(1, layers + 1) for name in ("p15", "p50", "p85", "dead")]
+    names += [f"act/unit/{name}" for name in ("p15", "p50", "p85")]
+    looks = [(step, {name: number / 100 + step for number, name in enumerate(names)}) for step in (0, 5, 10)]
+    *panels, dead = [axes for axes in figures.activations(looks, "a run").axes if axes.get_visible()]
+    titles = [f"layer {layer} of {layers}" for layer in shown]
+    assert [axes.get_title() for axes in panels] == [*titles, "one unit of the last layer"]
+    assert panels[len(shown) - 1].lines[0].get_xydata().tolist() == [
+        [step, values[f"act/{layers}/p50"]] for step, values in looks
+    ]
+    assert [line.get_label() for line in dead.lines] == [f"layer {layer}" for layer in shown]
+    assert np.allclose(dead.lines[0].get_ydata(), [100 * values["act/1/dead"] for _, values in looks])

@@ -194,13 +194,14 @@ def test_one_sample_left_over_is_dropped_under_batchnorm_with_a_word(run, caplog
     assert result["steps"] == 4
 
 
-@pytest.mark.parametrize("normalize", ["none", "center", "standardize"])
+@pytest.mark.parametrize("normalize", ["none", "center", "standardize", "binary"])
 def test_normalization_kinds_are_in_the_checkpoint(run, normalize):
     _, folder = run(f"data.normalize={normalize}", "trainer.max_epochs=1")
     found = weights(folder)
     mean, std = float(found["network.normalize.mean"]), float(found["network.normalize.std"])
-    assert (mean == 0) == (normalize == "none")
+    assert (mean == 0) == (normalize in ("none", "binary"))
     assert (std == 1) == (normalize != "standardize")
+    assert bool(found["network.normalize.binary"]) == (normalize == "binary")
 
 
 def test_lsuv_starts_from_unit_outputs(run):

@@ -66,17 +66,14 @@ def help_text(overrides: list[str]) -> str:
 
 
 def job(task: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Let a single run end by `report`; in a multirun errors pass, for the sweep to record them."""
+    """Let a single run end by `report`."""
 
     @wraps(task)
     def guarded(cfg: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
         try:
             task(cfg)
         except (UserError, TrainingError) as error:
-            if SHOW_TRACEBACK or HydraConfig.get().mode is RunMode.MULTIRUN:
+            if SHOW_TRACEBACK:
                 raise
             sys.exit(report(error))
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -58,6 +57,7 @@ RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
+CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
 POSITIVE = Range(1)
 COUNT_OR_FRACTION = Range(0, ends="()")
 
@@ -130,8 +130,9 @@ class Data:
     label_noise: float = key(0.0, "Share of training labels replaced by another class at random.", Range(0, 1))
     normalize: str = key(
         "standardize",
-        "Pixels in [0, 1] as they are, with the training mean subtracted, or as standard scores; per channel.",
-        ("none", "center", "standardize"),
+        "Pixels in [0, 1] as they are, with the training mean subtracted, as standard scores, or 1 above half of the "
+        "range and 0 below; per channel.",
+        ("none", "center", "standardize", "binary"),
     )
     augment: str = key(
         "none",
@@ -218,8 +219,18 @@ class Trainer:
         None, "Largest L2 norm of the gradient; null for no limit.", Range(0, ends="()")
     )
     accumulate_grad_batches: int = key(1, "Mini-batches whose gradients make one optimizer step.", POSITIVE)
-    threads: int | None = key(None, "CPU threads of one operation; null for torch's own choice.", Range(1, 1024))
+    threads: int | None = key(
+        None,
+        "CPU threads of one operation, which decide the last bits; null for torch's own choice, and for 1 in a sweep.",
+        Range(1, 1024),
+    )
     chunk_size: int = key(50, "Optimizer steps per call into Lightning; no effect on the result.", POSITIVE)
+    log_activations_every: int | None = key(
+        None,
+        "Optimizer steps between two looks at the activations: 15th, 50th, 85th percentile of each activation "
+        "function's input, and dead units; null never.",
+        POSITIVE,
+    )
 
 
 @dataclass
@@ -238,6 +249,20 @@ class MLflow(Tracking):
 
 
 @dataclass
+class Sweep:
+    """What is said of a multirun (`-m`) as a whole."""
+
+    claim: str | None = key(None, "Claim whose rule turns the sweep's numbers into a verdict.", CLAIMS)
+    dry_run: bool = key(False, "Print the jobs and the estimated time, run nothing.")
+    resume: str | None = key(
+        None, "Folder of a sweep to go on with, or latest: finished jobs are skipped, the rest run."
+    )
+    allow_divergence: bool = key(
+        False, "A loss that is not finite is a result of the sweep, not a failure: it ends with status 0."
+    )
+
+
+@dataclass
 class Paths:
     outputs: str = key(str(PROJECT / "outputs"), "Folder for runs, sweeps and the tracking store.")
 
@@ -252,11 +277,13 @@ class Config:
     scheduler: Scheduler = field(default_factory=Scheduler)
     trainer: Trainer = field(default_factory=Trainer)
     tracking: Tracking = field(default_factory=Tracking)
+    sweep: Sweep = field(default_factory=Sweep)
     paths: Paths = field(default_factory=Paths)
     seed: int = key(
         0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1)
     )
     name: str | None = key(None, "Name of the run; null to say what it is.")
+    figures: bool = key(True, "Draw the run's figures; a sweep of short runs is faster without.")
     allowed_targets: list[str] = key(
         ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
     )
@@ -280,10 +307,7 @@ def slug(text: str) -> str:
 def register() -> None:
     """Make the schemas known to Hydra: `schema` itself, and `schema: <class name>` for the files of each group."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    OmegaConf.register_new_resolver("token", lambda: secrets.token_hex(3), use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("slug", slug, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for classes in SCHEMAS.values():
@@ -306,6 +330,13 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
     assert isinstance(config, Config)
     _refuse_additions(cfg, config)
+    check_trust(config, typed)
+    check(config)
+    return config
+
+
+def check_trust(config: Config, typed: Iterable[str]) -> None:
+    """Raises UserError unless a person typed the packages that `config` allows beyond the usual ones."""
     if config.allowed_targets != Config().allowed_targets and not any(
         one.startswith("allowed_targets=") for one in typed
     ):
@@ -313,8 +344,6 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
         raise UserError(
             f"allowed_targets=[{names}]: said by a file; if you trust it, say so yourself, on the command line"
         )
-    check(config)
-    return config
 
 
 def _refuse_additions(cfg: Any, config: Any, prefix: str = "") -> None:
@@ -341,6 +370,24 @@ def to_yaml(config: Config) -> str:
     return f"{defaults}\n\n{masked(OmegaConf.to_yaml(OmegaConf.structured(config)))}"
 
 
+def load(path: Path) -> Config:
+    """The config that `to_yaml` wrote into a file. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {schema.__name__: schema for group in SCHEMAS.values() for schema in group}
+    try:
+        raw: Any = OmegaConf.load(path)
+        named = [pair for entry in raw.pop("defaults") if not isinstance(entry, str) for pair in entry.items()]
+        schemas = {name.removeprefix("schema@"): known[schema] for name, schema in named}
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), schemas, raw))
+    except (OSError, OmegaConfBaseException, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: not a config that gaplab wrote ({type(error).__name__})") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """`{"model.bn": True, …}`: the leaves of a (nested) dataclass instance or dict, lists kept whole."""
     pairs = asdict(config).items() if is_dataclass(config) and not isinstance(config, type) else config.items()
@@ -354,10 +401,14 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def decides(name: str) -> bool:
+    """Whether a key decides the numbers: not where things lie, nor how the run is called, drawn or tracked."""
+    where = ("tracking.", "sweep.", "paths.", "data.root", "allowed_targets")
+    return not name.startswith(where) and name not in ("name", "figures")
+
+
 def _said(config: Config) -> dict[str, Any]:
-    """What decides the numbers: not where things lie, nor how the run is called or tracked."""
-    where = ("tracking.", "paths.", "name", "data.root", "allowed_targets")
-    return {name: value for name, value in flatten(config).items() if not name.startswith(where)}
+    return {name: value for name, value in flatten(config).items() if decides(name)}
 
 
 def config_hash(config: Config) -> str:
@@ -381,7 +432,7 @@ def run_name(config: Config) -> str:
     if model.dropout:
         parts.append(f"dropout={model.dropout:g}")
     if model.init != Model.init:
-        parts.append(model.init)
+        parts.append(model.init if model.init_std == Model.init_std else f"{model.init}={model.init_std:g}")
     return " ".join([*parts, f"s{config.seed}"])
 
 

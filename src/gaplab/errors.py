@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training itself went wrong (a non-finite loss). Shown as one line, exit status 1; the run is FAILED."""
+
+
+class DivergenceError(TrainingError):
+    """The loss is not finite."""

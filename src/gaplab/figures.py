@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -42,6 +43,44 @@ def learning_curves(history: list[dict[str, float]], best: int, title: str) -> F
     lower.set(xlabel="epoch", ylabel="gap, pp")
     lower.legend(loc="upper left", fontsize=8)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def activations(looks: list[tuple[int, dict[str, float]]], title: str) -> Figure:
+    """15th, 50th and 85th percentile of what goes into at most 6 of the layers' activation functions, the first and the
+    last among them, and into one unit of the last; the share of dead units. All over optimizer steps.
+
+    `looks` are optimizer steps and values, as `gaplab.training.activations.look` names them.
+    """
+    steps = [step for step, _ in looks]
+    column = {name: np.array([values[name] for _, values in looks]) for name in looks[0][1]}
+    count = sum(name.endswith("/dead") for name in column)
+    shown = np.unique(np.linspace(1, count, min(count, 6)).round().astype(int))
+    bands = {f"layer {number} of {count}": f"act/{number}" for number in shown}
+    bands["one unit of the last layer"] = "act/unit"
+    width, height = 3, -(-(len(bands) + 1) // 3)
+    figure = Figure(figsize=(3.6 * width, 2.7 * height), layout="constrained")
+    grid = figure.subplots(height, width, sharex=True, squeeze=False).flat
+    for axes, (name, prefix) in zip(grid, bands.items(), strict=False):
+        low, middle, high = (column[f"{prefix}/{level}"] for level in ("p15", "p50", "p85"))
+        axes.fill_between(steps, low, high, color=TRAIN, alpha=0.2, lw=0, label="15th to 85th percentile")
+        axes.plot(steps, middle, color=TRAIN, lw=1.2, label="median")
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.set_title(name, size=10)
+    grid[0].set_ylabel("input of the\nactivation function")
+    dead = grid[len(bands)]
+    for number, colour in zip(shown, colormaps["viridis"](np.linspace(0, 0.9, len(shown))), strict=True):
+        dead.plot(steps, 100 * column[f"act/{number}/dead"], color=colour, lw=1.2, label=f"layer {number}")
+    dead.set_title("dead units", size=10)
+    dead.set(ylabel="%", ylim=(-3, 103))
+    dead.legend(fontsize=7)
+    for number, axes in enumerate(grid):
+        axes.set_visible(number <= len(bands))
+        axes.set_xlabel("optimizer step" if number + width > len(bands) else "")
+        axes.xaxis.set_tick_params(labelbottom=number + width > len(bands))
+    dead.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # shared by all
+    figure.suptitle(title, size=10)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -5,7 +5,9 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,35 +18,34 @@ from gaplab.errors import UserError
 from gaplab.tracking.journal import Tracker
 
 
-def launch(config: Config, folder: Path | None = None) -> Any:
-    """Run the job that `config` says, in `folder` or a new one of its own; its RunResult.
+def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -> Any:
+    """Run the job that `config` says; its RunResult.
+
+    Args:
+        config: checked.
+        folder: None makes a new one.
+        in_sweep: speak into `<folder>/console.log`, and leave MLflow to the sweep's sender.
 
     Raises UserError, TrainingError or KeyboardInterrupt.
     """
     started = time.perf_counter()
     run_id = secrets.token_hex(16)
-    _check_root(config.data)
+    check_root(config.data)
     folder = _make_folder(config, folder)
     (folder / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
-    print(f"{configs.run_name(config)}  in {folder}", flush=True)
-    tracker = Tracker(folder, config.tracking, configs.run_name(config), _tags(config))
+    name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
+    if not in_sweep:
+        print(f"{name}  in {folder}", flush=True)
+    tracker = Tracker(folder, None if in_sweep else config.tracking, name, tags)
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
     from gaplab import worker  # torch and Lightning: seconds, in which the tracking process gets ready too
 
-    return worker.run(config, folder, tracker, run_id, started)
+    with (folder / "console.log").open("w") if in_sweep else nullcontext() as console:
+        return worker.run(config, folder, tracker, run_id, started, console)
 
 
-def sweep_folder() -> Path | None:
-    """Hydra's folder for the current job of a multirun, None outside one."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    return Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
-
-
-def _check_root(data: Data) -> None:
+def check_root(data: Data) -> None:
     """What can be said of the data before anything is imported or made."""
     root = Path(data.root).expanduser()
     if not root.is_dir():
@@ -60,7 +61,7 @@ def _make_folder(config: Config, folder: Path | None) -> Path:
     folder = folder or outputs / "runs" / f"{stamp}_{name}_{secrets.token_hex(3)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"paths.outputs={config.paths.outputs}: cannot be written ({error.strerror})") from None
     return folder
@@ -68,12 +69,16 @@ def _make_folder(config: Config, folder: Path | None) -> Path:
 
 def _tags(config: Config) -> dict[str, str]:
     tags = {"condition": configs.condition(config), "config_hash": configs.config_hash(config)}
-    tags |= {f"version/{name}": metadata.version(name) for name in ("torch", "lightning", "hydra-core")}
-    return tags | dict(_git()) | {"overrides": configs.masked(" ".join(overrides()))}
+    return tags | source_tags() | {"overrides": configs.masked(" ".join(overrides()))}
+
+
+@cache  # of the jobs of a sweep, each would ask for the same
+def source_tags() -> dict[str, str]:
+    """Versions, the commit of the project and whether files differ from it; no commit outside a git checkout."""
+    return {f"version/{name}": metadata.version(name) for name in ("torch", "lightning", "hydra-core")} | dict(_git())
 
 
 def _git() -> Iterator[tuple[str, str]]:
-    """The commit of the project and whether files differ from it; nothing outside a git checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(PROJECT), *words]

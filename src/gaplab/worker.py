@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -24,11 +25,13 @@ from gaplab import config as configs
 from gaplab import figures
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule
-from gaplab.errors import TrainingError, UserError
+from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.metrics import Score
+from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
 from gaplab.nn.init import lsuv_
 from gaplab.tracking.journal import Tracker
+from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import ChecksumIO, read_checkpoint
 from gaplab.training.classifier import Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict
@@ -65,6 +68,7 @@ class RunResult:
     best: dict[str, float] | None = None
     test_acc: float | None = None
     test_loss: float | None = None
+    diverged: bool = False
     error: str | None = None
 
 
@@ -75,7 +79,9 @@ RESULT_NAMES = {
 }  # fmt: skip
 
 
-def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: float) -> RunResult:
+def run(
+    config: Config, folder: Path, tracker: Tracker, run_id: str, started: float, output: TextIO | None = None
+) -> RunResult:
     """Train, measure, track; write `result.json` however it ends.
 
     Args:
@@ -84,11 +90,12 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
         tracker: the run's journal, which is finished here.
         run_id: the run's id unless MLflow gives one.
         started: `time.perf_counter()` when the command began.
+        output: where to tell people of it; None for the terminal.
 
     Raises UserError or TrainingError, after the run is recorded as FAILED, and KeyboardInterrupt, as KILLED.
     """
     result = RunResult(run_id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
-    console = Console(highlight=False)
+    console = Console(file=output, highlight=False)
     try:
         with quiet_lightning():
             _run(config, folder, tracker, result, console, started)
@@ -97,7 +104,7 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
         result.status = "KILLED"
         raise
     except (UserError, TrainingError) as error:
-        result.status, result.error = "FAILED", str(error)
+        result.status, result.error, result.diverged = "FAILED", str(error), isinstance(error, DivergenceError)
         raise
     except Exception as error:
         result.status, result.error = "FAILED", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -105,7 +112,7 @@ def run(config: Config, folder: Path, tracker: Tracker, run_id: str, started: fl
         raise TrainingError(f"{result.error} (traceback in {folder / 'error.log'})") from error
     finally:
         if result.error:
-            tracker.tags({"error": result.error[:5000]})
+            tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
         result.total_s = time.perf_counter() - started
         _write_result(result, folder)  # once before MLflow is waited for: it may keep us waiting, or be interrupted
         result.run_id = tracker.finish(result.status) or run_id
@@ -137,7 +144,12 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         progress.show(epoch, config.trainer.max_epochs)
 
     measured = GapCallback(data.batches, len(data.classes), on_epoch)
-    trainer = _trainer(config, folder, [measured, progress])
+    callbacks: list[pl.Callback] = [measured, progress]
+    looks = None
+    if every := config.trainer.log_activations_every:
+        looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
+        callbacks.append(looks)
+    trainer = _trainer(config, folder, callbacks)
     classifier = _classifier(config, data, network)
     result.device = _device_name(trainer.strategy.root_device)
     start = time.perf_counter()
@@ -156,9 +168,15 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
     with trainer.precision_plugin.forward_context():
         drawings = _test(config, data, network, measured, result)
+    summary = _summary(result)
+    if looks is not None:
+        if looks.history and config.figures:
+            drawings["activations"] = lambda: figures.activations(looks.history, configs.run_name(config))
+        error = identity_error(network, data.sample("valid", IDENTITY_SAMPLES))
+        summary |= {} if error is None else {"bn/identity_error": error}
     paths = figures.save_figures(folder / "figures", drawings)
     assert classifier.first_step is not None
-    tracker.metrics(_summary(result) | {"time/to_first_step_s": classifier.first_step - started}, result.epochs)
+    tracker.metrics(summary | {"time/to_first_step_s": classifier.first_step - started}, result.epochs)
     for path in paths:
         tracker.artifact(path, "figures")
     for name in ("config.yaml", "splits.npz"):
@@ -232,7 +250,7 @@ def _build_network(config: Config, data: DataModule) -> Network:
     network = build_network(
         asdict(config.model), data.in_shape, len(data.classes), config.seed, tuple(config.allowed_targets)
     )
-    network.normalize.set_(data.mean, data.std)
+    network.normalize.set_(data.mean, data.std, binary=config.data.normalize == "binary")
     train = data.splits["train"]
     if config.model.init == "lsuv":
         images = next(iter(train.source.images([train.indices[:: max(1, len(train.indices) // LSUV_SAMPLES)]])))
@@ -267,7 +285,7 @@ def _summary(result: RunResult) -> dict[str, float]:
 def _test(
     config: Config, data: DataModule, network: Network, measured: GapCallback, result: RunResult
 ) -> dict[str, Callable[[], Figure]]:
-    """Read the test split, once, with the best weights, into `result`; the drawings of the run."""
+    """Read the test split, once, with the best weights, into `result`; the drawings of the run, if it has figures."""
     shown = "test" if "test" in data.splits else "valid"
     part, classes, name = data.splits[shown], data.classes, configs.run_name(config)
     logits, labels = predict(network, data.batches(shown))
@@ -277,6 +295,8 @@ def _test(
         loss = float(torch.nn.functional.cross_entropy(logits.double(), labels))
         test = Score(len(labels) - len(wrong), len(labels), loss)
         result.test_acc, result.test_loss = test.acc, test.loss
+    if not config.figures:
+        return {}
     counts = multiclass_confusion_matrix(answers, labels, len(classes)).numpy()
     worst = wrong[probabilities[wrong].argsort(descending=True)[:24]]
     mistakes = (

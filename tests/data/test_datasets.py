@@ -140,6 +140,14 @@ def test_statistics_come_from_the_train_split_alone():
     assert centred.std.tolist() == [1.0]
 
 
+def test_a_sample_is_the_same_pictures_every_time_spread_over_the_split():
+    data = build_datamodule(composed("data.train_size=700", "data.valid_size=100").data, seed=0)
+    train = data.splits["train"]
+    assert torch.equal(data.sample("train", 70), train.source.pixels[train.indices[::10]])
+    assert torch.equal(data.sample("train", 70), data.sample("train", 70))
+    assert data.sample("valid", 256).shape == (100, 1, 28, 28)
+
+
 def test_every_sample_of_each_split_is_read_once():
     data = build_datamodule(
         composed("data.train_size=1001", "data.valid_size=333", "data.label_noise=0.5").data, seed=0

@@ -1,13 +1,15 @@
 """BatchNorm against the paper's equations in float64, and what the toggles put where."""
 
+import copy
 import itertools
 
 import pytest
 import torch
-from networks import IMAGES, NETWORKS, build
+from networks import IMAGES, MODEL, NETWORKS, build
 from torch import nn
 
-from gaplab.nn.blocks import ACTIVATIONS, Layers, Normalize
+from gaplab.nn.blocks import ACTIVATION_CLASSES, ACTIVATIONS, Layers, Normalize
+from gaplab.nn.build import build_network
 
 
 def norms(network: nn.Module) -> list[nn.Module]:
@@ -116,6 +118,7 @@ def test_every_activation_is_torchs_own(activation):
     x = torch.linspace(-2, 2, 9)
     found = Layers(activation=activation).activation()(x.clone())
     assert torch.equal(found, getattr(torch.nn.functional, activation)(x))
+    assert isinstance(Layers(activation=activation).activation(), ACTIVATION_CLASSES)
 
 
 def test_normalize_is_the_standard_score_and_travels_with_the_weights():
@@ -127,6 +130,23 @@ def test_normalize_is_the_standard_score_and_travels_with_the_weights():
     other = Normalize(3)
     other.load_state_dict(normalize.state_dict())
     assert torch.equal(other(IMAGES), normalize(IMAGES))
+    assert not other.binary
     floats = IMAGES.float()
     normalize(floats)
     assert torch.equal(floats, IMAGES.float())  # the caller's tensor is left alone
+
+
+def test_binary_pixels_are_those_above_half_of_the_range_and_travel_with_the_weights():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    network = build_network(MODEL | NETWORKS["mlp"], (1, 16, 16), 10)
+    network.normalize.set_(torch.zeros(1), torch.ones(1), binary=True)
+    again = build_network(MODEL | NETWORKS["mlp"], (1, 16, 16), 10, seed=1)
+    again.load_state_dict(network.state_dict())
+    for one in (network, again, copy.deepcopy(again).double()):
+        found = one.normalize(levels)
+        assert found.dtype == one.body.head.weight.dtype
+        assert torch.equal(found, (levels > 127).to(found.dtype))
+        assert found.sum() == 128
+    assert torch.equal(network(levels), again(levels))
+    again.load_state_dict(build_network(MODEL | NETWORKS["mlp"], (1, 16, 16), 10).state_dict())
+    assert again.normalize(levels).unique().numel() == 256

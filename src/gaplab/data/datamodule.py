@@ -56,7 +56,7 @@ class DataModule(LightningDataModule):
         self._data = data
         self._seed = seed
         mean, std = splits["train"].source.moments(splits["train"].indices)
-        self.mean = torch.zeros_like(mean) if data.normalize == "none" else mean
+        self.mean = torch.zeros_like(mean) if data.normalize in ("none", "binary") else mean
         self.std = std if data.normalize == "standardize" else torch.ones_like(std)
         sampler = EpochOrder(splits["train"].indices, seed)
         self._loader = ChunkLoader(self._read_train, sampler, data.batch_size, chunk_size, drop_single)
@@ -90,6 +90,13 @@ class DataModule(LightningDataModule):
     def batches(self, name: str) -> Iterator[Batch]:
         """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,)."""
         yield from _read(self.splits[name], list(self.splits[name].indices.split(self._data.eval_batch_size)))
+
+    def sample(self, name: str, count: int) -> Tensor:
+        """The same `count` images of a split every time, or all if they are fewer: uint8 (B, C, H, W)."""
+        part = self.splits[name]
+        available = len(part.indices)
+        count = min(count, available)
+        return next(iter(part.source.images([part.indices[torch.arange(count) * available // count]])))
 
     def _read_train(self, batches: list[Tensor], epoch: int) -> Iterator[Batch]:
         stream = _read(self.splits["train"], batches)

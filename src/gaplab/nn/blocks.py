@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+ACTIVATION_CLASSES: tuple[type[nn.Module], ...] = tuple(type(build()) for build in ACTIVATIONS.values())
 
 
 class Layers:
@@ -126,12 +127,13 @@ def sequential(*modules: nn.Module) -> nn.Sequential:
 class Normalize(nn.Module):
     """Raw pixels to network input: (x / 255 - mean) / std per channel, uint8 (B, C, H, W) -> float32 (B, C, H, W).
 
-    `mean` and `std`, float64 (C,) in units of [0, 1], are buffers: saved with the network, so that a checkpoint takes
-    pictures as they are.
+    With `binary`, pixels above half of the range become 1 and the others 0 instead. `mean` and `std`, float64 (C,) in
+    units of [0, 1], and `binary` are buffers: saved with the network, so that a checkpoint takes pictures as they are.
     """
 
     mean: Tensor
     std: Tensor
+    binary: Tensor
     scale: Tensor
     shift: Tensor
 
@@ -139,19 +141,25 @@ class Normalize(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, dtype=torch.float64))
         self.register_buffer("std", torch.ones(channels, dtype=torch.float64))
+        self.register_buffer("binary", torch.tensor(False))
         self.register_buffer("scale", torch.full((channels, 1, 1), 1 / 255), persistent=False)
         self.register_buffer("shift", torch.zeros(channels, 1, 1), persistent=False)
+        self._binary = False  # the buffer's value, known without waiting for a GPU
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh_())
 
-    def set_(self, mean: Tensor, std: Tensor) -> None:
+    def set_(self, mean: Tensor, std: Tensor, binary: bool = False) -> None:
         self.mean.copy_(mean)
         self.std.copy_(std)
+        self.binary.fill_(binary)
         self.refresh_()
 
     def refresh_(self) -> None:
         """Fold both into one multiplication and one addition, computed in float64."""
         self.scale.copy_((1 / (255 * self.std)).reshape(self.scale.shape))
         self.shift.copy_((-self.mean / self.std).reshape(self.shift.shape))
+        self._binary = bool(self.binary)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self._binary:
+            return (images > 127).to(self.scale.dtype)
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)

@@ -1,8 +1,10 @@
 """The journal: every parameter, metric and tag of a run in order, on disk before it is sent anywhere.
 
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
-`run` (name, uri, experiment, artifacts), `params`, `tags` (values), `metrics` (step, values), `dataset`, `artifact`
-(path, folder) and, last, `finish` (status). The uri may hold a password: the file is its owner's alone.
+`run` (name, uri, experiment, artifacts; once more for each attempt), `params`, `tags` (values), `metrics` (step,
+values), `dataset`, `artifact` (path, folder), `child` (path: the folder of a run inside this one), and last `finish`
+(status). What a report adds to a run that has ended stands between `reopen` and `close`. The uri may hold a password:
+the file is its owner's alone.
 """
 
 import json
@@ -11,34 +13,86 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gaplab.config import MLflow, Tracking
 
 SEND_WAIT_S = 60
+RECEIPT_WAIT_S = 5
+
+
+def journal_of(folder: Path) -> Path:
+    return folder / "journal.jsonl"
+
+
+def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events in a run's folder so far; a line that a crash cut off is left out."""
+    if not journal_of(folder).is_file():
+        return
+    with journal_of(folder).open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """What the sender has done of a journal: `run_id` in MLflow, and `sent` bytes. Empty before it began."""
+    try:
+        return dict(json.loads((folder / "mlflow.json").read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 class Tracker:
     """Writes the journal of a run; with MLflow, a process of its own follows the journal and sends it.
 
     The sender shares nothing with training but the file: it costs no step, a server that is slow or gone cannot stop
-    the run, and if this process dies the sender sends the rest and ends the MLflow run.
+    the run, and if this process dies the sender sends the rest and ends the MLflow run. A folder that has a journal
+    already goes on with it, in the same MLflow run.
+
+    Args:
+        folder: of the run or sweep.
+        settings: config group `tracking`; None for a job inside a sweep, whose sender sends for all of its jobs.
+        name, tags: of the run.
     """
 
-    def __init__(self, folder: Path, settings: Tracking, name: str, tags: dict[str, str]) -> None:
-        self._path = folder / "journal.jsonl"
-        self._file = open(self._path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 (open for the whole run)
+    def __init__(self, folder: Path, settings: Tracking | None, name: str, tags: dict[str, str]) -> None:
+        self._open(folder)
         self._sender: subprocess.Popen[bytes] | None = None
+        self._sweep = folder.parent if settings is None else None
         if isinstance(settings, MLflow):
             self._write(
                 "run", name=name, uri=settings.uri, experiment=settings.experiment, artifacts=settings.artifacts
             )
             self.tags(tags | settings.tags)
-            self._sender = _start_sender(self._path)
+            self._sender = _start_sender(folder)
         else:
             self._write("run", name=name)
             self.tags(tags)
+
+    @classmethod
+    def reopen(cls, folder: Path) -> "Tracker | None":
+        """To add to a run that has ended; None when it is not in MLflow. To be ended by `close`."""
+        if "run_id" not in read_receipt(folder):
+            return None
+        tracker = cls.__new__(cls)
+        tracker._open(folder)
+        tracker._sweep = None
+        tracker._write("reopen")
+        tracker._sender = _start_sender(folder)
+        return tracker
+
+    def _open(self, folder: Path) -> None:
+        self._folder = folder
+        path = journal_of(folder)
+        cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
+        self._file = open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 (open for the whole run)
+        if cut_off:
+            self._file.write("\n")
 
     def params(self, values: dict[str, Any]) -> None:
         self._write("params", values={name: str(value) for name, value in values.items()})
@@ -60,28 +114,55 @@ class Tracker:
         """A file, to be put into `folder` among the run's artifacts."""
         self._write("artifact", path=str(path), folder=folder)
 
+    def child(self, folder: Path) -> None:
+        """The folder of a run inside this one, whose journal begins when that run does."""
+        self._write("child", path=str(folder))
+
+    def wait_for_run(self) -> None:
+        """Until the run is in MLflow, or cannot get there."""
+        deadline = time.monotonic() + SEND_WAIT_S
+        while self._sender and self._sender.poll() is None and time.monotonic() < deadline:
+            if read_receipt(self._folder):
+                return
+            time.sleep(0.05)
+
     def finish(self, status: str) -> str | None:
         """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet)."""
         self._write("finish", status=status)
+        return self._end()
+
+    def close(self) -> None:
+        """End what `reopen` began; the run's status stays."""
+        self._write("close")
+        self._end()
+
+    def _end(self) -> str | None:
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._sender is None:
-            return None
+        if self._sender is not None:
+            self._wait_for(self._sender)
+        elif self._sweep and read_receipt(self._sweep):  # its sender sees this run within moments
+            deadline = time.monotonic() + RECEIPT_WAIT_S
+            while not read_receipt(self._folder) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        run_id = read_receipt(self._folder).get("run_id")
+        return None if run_id is None else str(run_id)
+
+    def _wait_for(self, sender: "subprocess.Popen[bytes]") -> None:
         try:
-            code = self._sender.wait(SEND_WAIT_S)
+            code = sender.wait(SEND_WAIT_S)
         except subprocess.TimeoutExpired:
             code = None
         if code != 0:
             reason = "it is still being sent in the background" if code is None else self._failure()
             print(
-                f"MLflow does not have the whole run: {reason}; nothing is lost, it is all in {self._path}",
+                f"MLflow does not have the whole run: {reason}; nothing is lost, it is all in "
+                f"{journal_of(self._folder)}",
                 file=sys.stderr,
             )
-        receipt = self._path.with_name("mlflow.json")
-        return str(json.loads(receipt.read_text())["run_id"]) if receipt.is_file() else None
 
     def _failure(self) -> str:
-        log = self._path.with_name("mlflow.log")
+        log = self._folder / "mlflow.log"
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         return lines[-1] if lines else "the sender ended without a word"
 
@@ -94,15 +175,15 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _start_sender(journal: Path) -> "subprocess.Popen[bytes]":
+def _start_sender(folder: Path) -> "subprocess.Popen[bytes]":
     source = str(Path(__file__).resolve().parents[2])
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    with journal.with_name("mlflow.log").open("wb") as log:
+    with (folder / "mlflow.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gaplab.tracking.mlflow", str(journal), str(os.getpid())],
+            [sys.executable, "-m", "gaplab.tracking.mlflow", str(folder), str(os.getpid())],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

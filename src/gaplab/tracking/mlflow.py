@@ -1,18 +1,22 @@
-"""The sender: follows a journal and puts it into MLflow.
+"""The sender: follows the journal of a run, or of a sweep and all of its jobs, and puts it into MLflow.
 
-Run as `python -m gaplab.tracking.mlflow <journal> <pid of the writer>`. It ends with status 0 when the journal is
-sent, and with 1 and one line of reason when MLflow did not take something.
+Run as `python -m gaplab.tracking.mlflow <folder> <pid of the writer>`. It ends with status 0 when everything is sent,
+and with 1 and one line of reason when MLflow did not take something. How far it came with a journal is in
+`mlflow.json` beside it, so that another sender can go on there.
 """
 
 import contextlib
 import getpass
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from gaplab.tracking.journal import journal_of, read_receipt
 
 # the whole wait for a server that does not answer stays below 10 s; no request leaves for anyone but the server
 for name, value in {
@@ -24,40 +28,73 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
-def follow(journal: Path, writer: int) -> Iterator[dict[str, Any]]:
-    """The events of a journal as they are written, up to `finish`; if the writer dies first, `finish` as FAILED."""
-    with journal.open(encoding="utf-8") as file:
-        line = ""
-        while True:
-            alive = os.getppid() == writer
-            line += file.readline()
-            if line.endswith("\n"):
-                event = json.loads(line)
-                line = ""
-                yield event
-                if event["event"] == "finish":
-                    return
-            elif not alive:
-                yield {"time": time.time(), "event": "finish", "status": "FAILED"}
+class Journal:
+    """One journal as it grows, and the MLflow run that it becomes.
+
+    Attributes:
+        run_id: None until the run is in MLflow.
+        ended: whether the newest event is the end of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        receipt = read_receipt(folder)
+        self.run_id: str | None = receipt.get("run_id")
+        self.ended = False
+        self.last_step: dict[str, int] = {}
+        self._sent = int(receipt.get("sent", 0))
+        self._seen = 0
+        self._line = b""
+        self._file: BinaryIO | None = None
+
+    def read(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The events written since the last call, each with whether it is yet to be sent."""
+        if self._file is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._file = journal_of(self.folder).open("rb")
+        while self._file is not None and (part := self._file.readline()):
+            self._line += part
+            if not self._line.endswith(b"\n"):
                 return
-            else:
-                time.sleep(0.1)
+            line, self._line = self._line, b""
+            self._seen += len(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut off by a crash
+                continue
+            self.ended = event["event"] in ("finish", "close")
+            yield event, self._seen > self._sent
+            if event["event"] == "metrics":
+                self.last_step |= dict.fromkeys(event["values"], event["step"])
+
+    def save(self) -> None:
+        """Remember that all that was read is sent."""
+        if self.run_id is not None and self._seen > self._sent:
+            self._sent = self._seen
+            partial = self.folder / ".mlflow.json"
+            partial.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}) + "\n")
+            os.replace(partial, self.folder / "mlflow.json")
 
 
 class Sender:
-    """One MLflow run, created from the journal's `run` event."""
+    """Puts events into MLflow; `parent` is the run of the sweep that later runs belong to."""
 
-    def __init__(self, start: dict[str, Any]) -> None:
+    def __init__(self, store: dict[str, Any]) -> None:
         from mlflow import MlflowClient
 
-        with _initializing(start["uri"]):
-            self.client = MlflowClient(tracking_uri=start["uri"])
-            experiment = self._experiment(start["experiment"], start["artifacts"] or _beside(start["uri"]))
-        source = {"mlflow.source.name": "src/train.py", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
-        run = self.client.create_run(experiment, start_time=_ms(start), tags=source, run_name=start["name"])
-        self.run_id: str = run.info.run_id
+        with _initializing(store["uri"]):
+            self.client = MlflowClient(tracking_uri=store["uri"])
+            self._experiment = self._find_experiment(store["experiment"], store["artifacts"] or _beside(store["uri"]))
+        self._parent: str | None = None
+        self._known: dict[str, str] = {}
 
-    def _experiment(self, name: str, artifacts: str | None) -> str:
+    def adopt(self, parent: str) -> None:
+        """Let later runs be children of `parent`; those that an earlier sender made go on."""
+        self._parent = parent
+        runs = self.client.search_runs([self._experiment], f"tags.mlflow.parentRunId = '{parent}'", max_results=50_000)
+        self._known = {run.data.tags["job"]: run.info.run_id for run in runs if "job" in run.data.tags}
+
+    def _find_experiment(self, name: str, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
@@ -74,20 +111,41 @@ class Sender:
                     raise
         return str(found.experiment_id)
 
-    def send(self, event: dict[str, Any]) -> None:
+    def begin(self, journal: Journal, event: dict[str, Any]) -> None:
+        """Create the run, or set it running once more."""
+        journal.run_id = journal.run_id or self._known.get(journal.folder.name)
+        if journal.run_id is not None:
+            self.client.update_run(journal.run_id, "RUNNING")
+            return
+        tags = {"mlflow.source.name": "src/train.py", "mlflow.source.type": "LOCAL", "mlflow.user": getpass.getuser()}
+        if self._parent is not None:
+            tags |= {"mlflow.parentRunId": self._parent, "job": journal.folder.name}
+        run = self.client.create_run(self._experiment, _ms(event), tags, event["name"])
+        journal.run_id = run.info.run_id
+
+    def send(self, journal: Journal, event: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
+        if event["event"] == "run":
+            self.begin(journal, event)
+        run_id = journal.run_id
+        if run_id is None:
+            raise RuntimeError(f"{journal.folder}: its run could not be created")
         match event["event"]:
             case "params":
                 items = list(event["values"].items())
                 for start in range(0, len(items), 100):  # the most that one call takes
-                    self.client.log_batch(self.run_id, params=[Param(*item) for item in items[start : start + 100]])
+                    self.client.log_batch(run_id, params=[Param(*item) for item in items[start : start + 100]])
             case "tags":
-                self.client.log_batch(self.run_id, tags=[RunTag(*item) for item in event["values"].items()])
+                self.client.log_batch(run_id, tags=[RunTag(*item) for item in event["values"].items()])
             case "metrics":
-                when = _ms(event)
-                metrics = [Metric(name, value, when, event["step"]) for name, value in event["values"].items()]
-                self.client.log_batch(self.run_id, metrics=metrics)
+                when, step, last = _ms(event), event["step"], journal.last_step
+                metrics = [
+                    Metric(name, value, when, step)
+                    for name, value in event["values"].items()
+                    if step > last.get(name, -1)  # a later attempt measures the same once more
+                ]
+                self.client.log_batch(run_id, metrics=metrics)
             case "dataset":
                 dataset = Dataset(
                     name=event["name"],
@@ -97,11 +155,11 @@ class Sender:
                     profile=json.dumps(event["profile"]),
                 )
                 tag = InputTag("mlflow.data.context", "training")
-                self.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+                self.client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
             case "artifact":
-                self.client.log_artifact(self.run_id, event["path"], event["folder"] or None)
+                self.client.log_artifact(run_id, event["path"], event["folder"] or None)
             case "finish":
-                self.client.set_terminated(self.run_id, event["status"], _ms(event))
+                self.client.set_terminated(run_id, event["status"], _ms(event))
 
 
 def _beside(uri: str) -> str | None:
@@ -126,20 +184,61 @@ def _ms(event: dict[str, Any]) -> int:
     return round(event["time"] * 1000)
 
 
-def main(journal: Path, writer: int) -> int:
-    events = follow(journal, writer)
+def main(folder: Path, writer: int) -> int:
+    from filelock import FileLock
+
+    with FileLock(folder / ".mlflow.lock"):  # an earlier sender of this folder may still be at the end of its work
+        return _complain(list(_follow(folder, writer)))
+
+
+def _follow(folder: Path, writer: int) -> Iterator[Exception]:
+    """Send all that is and will be written, until the root journal ends or its writer dies; what MLflow refused."""
+    root = Journal(folder)
+    children: dict[Path, Journal] = {}
+    end: dict[str, Any] | None = None
+    sender: Sender | None = None
+    while end is None:
+        alive = os.getppid() == writer  # before reading, so that its last words are read
+        for journal in itertools.chain([root], children.values()):
+            for event, new in journal.read():
+                try:
+                    if sender is None:
+                        sender = Sender(event)
+                        if root.run_id is not None:
+                            sender.adopt(root.run_id)
+                except Exception as error:  # whatever MLflow or the network came up with; there is nowhere to send to
+                    yield error
+                    return
+                if event["event"] == "child":
+                    children.setdefault(Path(event["path"]), Journal(Path(event["path"])))
+                elif journal is root and event["event"] in ("finish", "close"):
+                    end = event  # after its children's
+                elif new:
+                    yield from _try(sender, journal, event)
+                    if journal is root and event["event"] == "run" and root.run_id is not None:
+                        sender.adopt(root.run_id)
+                        root.save()
+            if journal is not root or not root.ended:
+                journal.save()
+        if not root.ended:  # it was gone on with after the end that was read
+            end = None
+        if not alive and end is None:
+            end = {"time": time.time(), "event": "finish", "status": "FAILED"}
+        time.sleep(0.1 if end is None else 0)
+    assert sender is not None
+    for journal in children.values():
+        if journal.run_id is not None and not journal.ended:
+            yield from _try(sender, journal, end | {"event": "finish", "status": "FAILED"})
+    yield from _try(sender, root, end)
+    root.save()
+
+
+def _try(sender: Sender, journal: Journal, event: dict[str, Any]) -> Iterator[Exception]:
+    """The other events, and the end of the run above all, are to arrive even when MLflow refuses this one."""
     try:
-        sender = Sender(next(events))
-        journal.with_name("mlflow.json").write_text(json.dumps({"run_id": sender.run_id}) + "\n")
-    except Exception as error:  # whatever MLflow or the network came up with
-        return _complain([error])
-    failures: list[Exception] = []
-    for event in events:
-        try:
-            sender.send(event)
-        except Exception as error:  # the other events, and the end of the run above all, are to arrive all the same
-            failures.append(error)
-    return _complain(failures)
+        sender.send(journal, event)
+    except Exception as error:
+        yield error
 
 
 def _complain(failures: list[Exception]) -> int:

@@ -5,7 +5,7 @@ Lightning's loop spends about as long on a step as a small network does. So its 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from gaplab import config
-from gaplab.errors import TrainingError
+from gaplab.errors import DivergenceError
 from gaplab.training.optim import build_optimizer, build_scheduler
 
 Batch = tuple[Tensor, Tensor]
@@ -36,6 +36,8 @@ class Classifier(LightningModule):
         train_s: seconds spent in training steps, over all epochs.
         lr: learning rate of the newest optimizer step.
         first_step: `time.perf_counter()` when the first training step began, None before.
+        steps: optimizer steps so far, over all epochs.
+        on_step: called with `steps` after each optimizer step, unless None.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Classifier(LightningModule):
         self.running = [0, 0]
         self.train_s = 0.0
         self.first_step: float | None = None
+        self.steps = 0
+        self.on_step: Callable[[int], None] | None = None
         self.lr = optimizer.lr
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -82,7 +86,7 @@ class Classifier(LightningModule):
     def training_step(self, chunk: Iterable[Batch], batch_idx: int) -> Tensor:
         """Run the chunk's optimizer steps; the mean loss of its mini-batches.
 
-        Raises TrainingError that names the step when a loss is not finite.
+        Raises DivergenceError that names the step when a loss is not finite.
         """
         start = time.perf_counter()
         self.first_step = self.first_step or start
@@ -91,7 +95,7 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
-        losses, hits, count, steps = [], [], 0, 0
+        losses, hits, count, steps_before = [], [], 0, self.steps
         for images, labels in chunk:
             logits = self.network(images)  # (B, K)
             loss = F.cross_entropy(logits, labels)
@@ -105,16 +109,18 @@ class Classifier(LightningModule):
                 optimizer.zero_grad()
                 if scheduler is not None:
                     scheduler.step()
-                steps += 1
+                self.steps += 1
                 if autocast:  # it would go on with copies of the weights made before this step
                     torch.clear_autocast_cache()
+                if self.on_step is not None:
+                    self.on_step(self.steps)
             losses.append(loss.detach())
             hits.append((logits.detach().argmax(1) == labels).sum())
             count += len(labels)
         mean_loss = self._finite(torch.stack(losses)).mean()
         self.running[0] += int(torch.stack(hits).sum())
         self.running[1] += count
-        self._count_steps(steps)
+        self._count_steps(self.steps - steps_before)
         self.train_s += time.perf_counter() - start
         return mean_loss
 
@@ -129,7 +135,7 @@ class Classifier(LightningModule):
         first = int((~losses.isfinite()).nonzero()[0])
         number = (self._batches_done - len(losses) + first) // self._accumulate
         step = self.current_epoch * self.steps_per_epoch + number + 1
-        raise TrainingError(
+        raise DivergenceError(
             f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower "
             "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
         )

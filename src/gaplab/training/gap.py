@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from gaplab.errors import TrainingError
+from gaplab.errors import DivergenceError
 from gaplab.metrics import Score, gap
 from gaplab.training.classifier import Batch, Classifier
 
@@ -78,7 +78,7 @@ class Epoch:
 
 class GapCallback(Callback):
     """Evaluates both splits at the end of every epoch and logs the metrics, so that checkpoints and early stopping see
-    them. Raises TrainingError, before any checkpoint, when the loss is not finite.
+    them. Raises DivergenceError, before any checkpoint, when the loss is not finite.
 
     Args:
         batches: every sample of a named split, once.
@@ -107,7 +107,7 @@ class GapCallback(Callback):
                 for split in ("train", "valid")
             )
         if not math.isfinite(train.loss + valid.loss):
-            raise TrainingError(
+            raise DivergenceError(
                 f"the loss after epoch {trainer.current_epoch + 1} (step {trainer.global_step}) is not finite; a lower "
                 "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
             )

@@ -1,0 +1,200 @@
+"""From runs to comparisons: which settings were varied, what each condition's seeds say, and every contrast between them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from gaplab import stats
+from gaplab.analysis.runs import Run
+
+METRICS = ("gap/acc", "valid/acc", "train/acc", "train/acc_running", "test/acc")
+SPLIT_KEYS = ("data.name", "data.valid_size")  # these decide which samples are compared
+SILENT = ("_target_", "name")
+
+
+@dataclass
+class Condition:
+    """The replicates of one condition.
+
+    Attributes:
+        label: for people, the levels in words.
+        levels: one for each factor.
+        values: {metric: {seed: last value}} of the runs that finished.
+        failed, diverged, unfinished: seeds of the runs that did not finish.
+        runs: all of them.
+    """
+
+    label: str
+    levels: stats.Levels
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    failed: list[int] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
+    unfinished: list[int] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    def estimate(self, metric: str) -> stats.Estimate | None:
+        values = list(self.values.get(metric, {}).values())
+        return stats.estimate(values) if values else None
+
+
+@dataclass
+class Section:
+    """The runs on one data set and split, compared with each other.
+
+    Attributes:
+        data: name of the data set.
+        factors: {name: its levels, the reference first}.
+        keys: {factor: the config keys that it is made of}.
+        conditions: in the order of the runs; the first is the reference.
+        contrasts: {metric: {"effects" or "against": one family}}.
+        notes: what is left out or cannot be said.
+    """
+
+    data: str
+    factors: dict[str, list[str]]
+    keys: dict[str, list[str]]
+    conditions: list[Condition]
+    contrasts: dict[str, dict[str, list[stats.Contrast]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for condition in self.conditions for run in condition.runs]
+
+    def table(self, metric: str) -> dict[stats.Levels, dict[int, float]]:
+        return {one.levels: one.values[metric] for one in self.conditions if one.values.get(metric)}
+
+
+def sections(runs: Sequence[Run], metrics: Sequence[str], margin: float) -> list[Section]:
+    """One section for each data set and split, compared in each of `metrics`; `margin` as in `stats.compare`."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.settings.get(key, "") for key in SPLIT_KEYS), []).append(run)
+    return [_section(group, metrics, margin) for group in groups.values()]
+
+
+def _section(runs: list[Run], metrics: Sequence[str], margin: float) -> Section:
+    factors = find_factors([run.settings for run in runs])
+    names = factor_names(factors)
+    levels = {name: level_names([run.settings for run in runs], keys) for name, keys in names.items()}
+    conditions: dict[stats.Levels, Condition] = {}
+    repeated = 0
+    for index, run in enumerate(runs):
+        where = tuple(levels[name][index] for name in names)
+        label = " ".join(f"{name}={level}" for name, level in zip(names, where, strict=True))
+        condition = conditions.setdefault(where, Condition(label or run.settings.get("model.name", "all"), where))
+        repeated += any(run.seed in values for values in condition.values.values())
+        condition.runs.append(run)
+        if run.status == "FINISHED":
+            for metric, value in run.metrics.items():
+                condition.values.setdefault(metric, {})[run.seed] = value
+        elif run.diverged:
+            condition.diverged.append(run.seed)
+        else:
+            (condition.failed if run.status == "FAILED" else condition.unfinished).append(run.seed)
+    found = Section(
+        runs[0].settings.get("data.name", "?"),
+        {name: list(dict.fromkeys(levels[name])) for name in names},
+        names,
+        list(conditions.values()),
+    )
+    if repeated:
+        found.notes.append(f"{repeated} runs repeat a condition and seed; the later one counts")
+    _say_what_is_missing(found)
+    for metric in metrics:
+        found.contrasts[metric] = _contrasts(found, metric, margin)
+    return found
+
+
+def _contrasts(section: Section, metric: str, margin: float) -> dict[str, list[stats.Contrast]]:
+    table = section.table(metric)
+    families: dict[str, dict[str, dict[int, float]]] = {}
+    if section.factors:
+        families["effects"] = stats.effects(section.factors, table)
+    reference = section.conditions[0]
+    if len(section.conditions) > 1 and reference.levels in table:
+        labels = {one.levels: one.label for one in section.conditions}
+        families["against"] = stats.against(reference.levels, table, lambda where: labels[where])
+    return {
+        family: stats.compare({name: list(values.values()) for name, values in contrasts.items()}, margin)
+        for family, contrasts in families.items()
+        if contrasts
+    }
+
+
+def _say_what_is_missing(section: Section) -> None:
+    seeds = sorted({run.seed for run in section.runs})
+    for kind in ("failed", "diverged", "unfinished"):
+        lost = [(one.label, getattr(one, kind)) for one in section.conditions if getattr(one, kind)]
+        if lost:
+            count = sum(len(found) for _, found in lost)
+            where = "; ".join(f"{label} (seeds {_listed(found)})" for label, found in lost[:6])
+            more = "" if len(lost) <= 6 else f" and {len(lost) - 6} more conditions"
+            section.notes.append(f"left out, {kind}: {count} runs: {where}{more}")
+    if len(section.conditions) == 1:
+        section.notes.append("one condition: there is nothing to compare it with")
+    elif not section.factors:
+        section.notes.append("the conditions differ in nothing that was recorded")
+    if len(seeds) == 1:
+        section.notes.append("one seed: no interval over seeds and no test can be given; run more with 'seed=range(6)'")
+    elif len(seeds) < stats.MIN_SEEDS:
+        least = 2 / 2 ** len(seeds)
+        section.notes.append(
+            f"{len(seeds)} seeds: even if all agree, an exact test cannot go below p = {least:.4g}; "
+            f"{stats.MIN_SEEDS} are the least for a verdict"
+        )
+    counts = {one.label: len(next(iter(one.values.values()), {})) for one in section.conditions}
+    if len(set(counts.values())) > 1:
+        section.notes.append("conditions have unequal seeds; each contrast uses those that all of its conditions have")
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
+def find_factors(settings: Sequence[dict[str, str]]) -> list[list[str]]:
+    """The config keys that vary, as factors: keys that were not crossed with each other make one factor together."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for one in settings for key in one)
+        if key not in SPLIT_KEYS and len({one.get(key) for one in settings}) > 1
+    ]
+    group = {key: [key] for key in keys}
+    for first, second in combinations(keys, 2):
+        pairs = {(one.get(first), one.get(second)) for one in settings}
+        crossed = len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
+        if len(pairs) < crossed and group[first] is not group[second]:
+            merged = group[first] + group[second]
+            for key in merged:
+                group[key] = merged
+    return [sorted(factor, key=keys.index) for factor in {id(one): one for one in group.values()}.values()]
+
+
+def factor_names(factors: Sequence[list[str]]) -> dict[str, list[str]]:
+    """Short names for people: the last word of a factor's first telling key, or all of it where that is ambiguous."""
+    telling = [_telling(keys) for keys in factors]
+    short = [key.rpartition(".")[2] if key.rpartition(".")[2] != "name" else key.partition(".")[0] for key in telling]
+    return {
+        name if short.count(name) == 1 else key: keys for name, key, keys in zip(short, telling, factors, strict=True)
+    }
+
+
+def _telling(keys: Sequence[str]) -> str:
+    named = [key for key in keys if key.endswith(".name")]
+    return (named or [key for key in keys if not key.endswith("_target_")] or list(keys))[0]
+
+
+def level_names(settings: Sequence[dict[str, str]], keys: Sequence[str]) -> list[str]:
+    """Each run's level of a factor: the value of its first key; where others differ beside it, those too."""
+    first = _telling(keys)
+    rest = [key for key in keys if key != first and not key.endswith("_target_")]
+    beside: dict[str, set[tuple[str, ...]]] = {}
+    for one in settings:
+        beside.setdefault(one.get(first, ""), set()).add(tuple(one.get(key, "") for key in rest))
+
+    def name(one: dict[str, str]) -> str:
+        value = one.get(first, "")
+        varied = [index for index in range(len(rest)) if len({others[index] for others in beside[value]}) > 1]
+        return " ".join([value, *(f"{rest[i].rpartition('.')[2]}={one.get(rest[i], '')}" for i in varied)])
+
+    return [name(one) for one in settings]

@@ -1,0 +1,222 @@
+"""Runs read back, from their folders or from MLflow, as one kind of record."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gaplab import config as configs
+from gaplab.errors import UserError
+from gaplab.sweep import find_sweep, read_result
+from gaplab.tracking.journal import read_journal, read_receipt
+
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+@dataclass
+class Run:
+    """One run. `settings` are the leaves of its config as text, what does not decide the numbers left out; `metrics` are
+    the last values by their MLflow names, `history` those of every step: {name: {step: value}}."""
+
+    name: str
+    seed: int
+    status: str
+    settings: dict[str, str]
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: dict[str, dict[int, float]] = field(default_factory=dict)
+    diverged: bool = False
+    error: str | None = None
+    run_id: str | None = None
+    claim: str | None = None
+    sweep: str = ""
+    digest: str = ""
+    classes: int = 0
+
+
+@dataclass
+class Collection:
+    """Runs to be reported on together.
+
+    Attributes:
+        title: for people.
+        folder: of the sweep if it is one and lies here.
+        notes: what was left out, a sentence each.
+    """
+
+    title: str
+    runs: list[Run]
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(outputs: Path, uri: str, sweeps: list[str], picked: list[str]) -> Collection:
+    """The runs of some sweeps, or a hand-picked set.
+
+    Args:
+        outputs: folder of runs and sweeps.
+        uri: of the tracking store, for what is given by an id.
+        sweeps: each `latest`, a folder, a folder's name, or the id of a parent run in MLflow.
+        picked: run folders or MLflow run ids; if there are any, `sweeps` is not looked at.
+
+    Raises UserError.
+    """
+    if picked:
+        found = Collection(f"{len(picked)} picked runs", [])
+        folders = [_run_folder(outputs, name) for name in picked]
+        ids = [name for name, folder in zip(picked, folders, strict=True) if folder is None]
+        stored = _stored(uri, ids, found.notes) if ids else {}
+        for name, folder in zip(picked, folders, strict=True):
+            if folder is not None:
+                found.runs.append(read_run(folder))
+            elif name in stored:
+                found.runs.append(stored[name])
+        return found
+    parts = [_sweep(outputs, uri, name) for name in sweeps]
+    if len(parts) == 1:
+        return parts[0]
+    return Collection(
+        " and ".join(part.title for part in parts),
+        [run for part in parts for run in part.runs],
+        notes=[note for part in parts for note in part.notes],
+    )
+
+
+def _sweep(outputs: Path, uri: str, name: str) -> Collection:
+    if is_run_id(name):
+        from gaplab.tracking.store import read_children
+
+        parent, children, deleted = read_children(uri, name)
+        notes = [f"{deleted} of its runs are deleted in MLflow"] if deleted else []
+        return Collection(parent, [_from_mlflow(child) for child in children], notes=notes)
+    folder = find_sweep(outputs, name)
+    try:
+        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder / 'sweep.json'}: cannot be read") from None
+    found = Collection(folder.name, [], folder)
+    for job in jobs:
+        if (folder / job["folder"]).is_dir():
+            found.runs.append(read_run(folder / job["folder"]))
+        else:
+            found.notes.append(f"the folder of job {job['folder']} is gone")
+    return found
+
+
+def is_run_id(name: str) -> bool:
+    return len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
+
+
+def _run_folder(outputs: Path, name: str) -> Path | None:
+    if is_run_id(name):
+        return None
+    for folder in (Path(name).expanduser().absolute(), outputs / "runs" / name, *outputs.glob(f"sweeps/*/{name}")):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"runs: {name} is neither a run's folder nor an MLflow run id")
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder; one that has not begun has the status WAITING."""
+    settings: dict[str, str] = {}
+    history: dict[str, dict[int, float]] = {}
+    tags: dict[str, str] = {}
+    digest, classes = "", 0
+    for event in read_journal(folder):
+        if event["event"] == "run":  # of another attempt, too
+            history.clear()
+        elif event["event"] == "params":
+            settings = event["values"]
+        elif event["event"] == "tags":
+            tags |= event["values"]
+        elif event["event"] == "dataset":
+            digest, classes = event["digest"], int(event["profile"].get("classes", 0))
+        elif event["event"] == "metrics":
+            for name, value in event["values"].items():
+                history.setdefault(name, {})[event["step"]] = value
+    if not settings:
+        settings = _settings_of_file(folder / "config.yaml")
+    result = read_result(folder)
+    status = str(result.get("status", "WAITING"))
+    return Run(
+        name=folder.name,
+        seed=int(settings["seed"]),
+        status=status if status in ENDED or not history else "RUNNING",
+        settings=_deciding(settings),
+        metrics={name: values[max(values)] for name, values in history.items()},
+        history=history,
+        diverged=bool(result.get("diverged")),
+        error=result.get("error"),
+        run_id=read_receipt(folder).get("run_id") or result.get("run_id"),
+        claim=_claim(settings),
+        sweep=tags.get("sweep", ""),
+        digest=digest,
+        classes=classes,
+    )
+
+
+def _settings_of_file(path: Path) -> dict[str, str]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        raw = yaml.load(path.read_text(), loader)
+        raw.pop("defaults")
+    except (OSError, yaml.YAMLError, AttributeError, KeyError):
+        raise UserError(f"{path}: not a config that gaplab wrote") from None
+    return {name: str(value) for name, value in configs.flatten(raw).items()}
+
+
+def _claim(settings: dict[str, str]) -> str | None:
+    claim = settings.get("sweep.claim", "None")
+    return None if claim == "None" else claim
+
+
+def _deciding(settings: dict[str, str]) -> dict[str, str]:
+    """Without the seed, and what does not decide the numbers; booleans as people type them."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    return {
+        name: words.get(value, value) for name, value in settings.items() if name != "seed" and configs.decides(name)
+    }
+
+
+def _stored(uri: str, ids: Iterable[str], notes: list[str]) -> dict[str, Run]:
+    from gaplab.tracking.store import read_runs
+
+    runs, missing = read_runs(uri, list(ids))
+    notes += [f"run {one}: {why}" for one, why in missing.items()]
+    return {run["run_id"]: _from_mlflow(run) for run in runs}
+
+
+def _from_mlflow(stored: dict[str, Any]) -> Run:
+    params, tags = stored["params"], stored["tags"]
+    history = stored["history"]
+    return Run(
+        name=tags.get("job", stored["name"]),
+        seed=int(params.get("seed", 0)),
+        status=stored["status"],
+        settings=_deciding(params),
+        metrics=stored["metrics"],
+        history=history,
+        diverged=tags.get("diverged") == "true",
+        error=tags.get("error"),
+        run_id=stored["run_id"],
+        claim=_claim(params),
+        sweep=tags.get("sweep", ""),
+        digest=stored["digest"],
+        classes=stored["classes"],
+    )
+
+
+def tidy(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
+    """A row for each run: what it is, its settings that vary, its metrics."""
+    runs = list(runs)
+    names = sorted({name for run in runs for name in run.settings})
+    varied = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
+    metrics = sorted({name for run in runs for name in run.metrics if not name.startswith("act/")})
+    for run in runs:
+        row: dict[str, Any] = {"run": run.name, "sweep": run.sweep, "run_id": run.run_id, "seed": run.seed}
+        row |= {"status": run.status, "diverged": run.diverged}
+        row |= {name: run.settings.get(name) for name in varied}
+        row |= {name: run.metrics.get(name) for name in metrics}
+        yield row

@@ -1,0 +1,192 @@
+"""What a sweep shows while it runs and at its end: read from its jobs' folders, so that it is the same whoever runs them."""
+
+import json
+import statistics
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gaplab.tracking.journal import read_journal
+
+POLL_S = 0.5
+SHOWN_FAILURES = 8
+
+
+class LiveView:
+    """Done, running, failed, time left and best so far: a display on a terminal, a line for each ended job elsewhere.
+
+    Args:
+        console: where to.
+        folders: of the jobs that are to run.
+        epochs: that each of them has.
+    """
+
+    def __init__(self, console: Console, folders: list[Path], epochs: list[int]) -> None:
+        self._console = console
+        self._epochs = dict(zip(folders, epochs, strict=True))
+        self._results: dict[Path, dict[str, Any]] = {}
+        self._start = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+        self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        terminal = self._console.is_terminal
+        if terminal:
+            self._live.start()
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(POLL_S)
+            for folder in [folder for folder in self._epochs if folder not in self._results]:
+                if ended(result := _result(folder)):
+                    self._results[folder] = result
+                    if not terminal:
+                        self._console.print(self._line(folder, result), soft_wrap=True)
+            if terminal:
+                self._live.update(self._display(), refresh=True)
+        if terminal:
+            self._live.stop()
+
+    def _line(self, folder: Path, result: dict[str, Any]) -> str:
+        head = f"{len(self._results)}/{len(self._epochs)}  {folder.name}"
+        if result["status"] != "FINISHED":
+            return f"{head}  {result['status']}: {result.get('error')}"
+        return (
+            f"{head}  train {result['train_acc']:.4f}  valid {result['valid_acc']:.4f}  "
+            f"gap {100 * result['gap_acc']:+.2f} pp  {result['total_s']:.1f} s"
+        )
+
+    def _display(self) -> Group:
+        running = {
+            folder: epochs_done(folder)
+            for folder in self._epochs
+            if folder not in self._results and (folder / "splits.npz").is_file()
+        }
+        done = [result for result in self._results.values() if result["status"] == "FINISHED"]
+        total = sum(self._epochs.values())
+        covered = sum(self._epochs[folder] for folder in self._results) + sum(running.values())
+        counts = Text(f"{len(done)} done, {len(running)} running, ")
+        failed = len(self._results) - len(done)
+        counts.append(f"{failed} failed", style="bold red" if failed else "")
+        waiting = len(self._epochs) - len(self._results) - len(running)
+        counts.append(f", {waiting} waiting   {_clock(time.monotonic() - self._start)} so far")
+        if covered:
+            left = (time.monotonic() - self._start) / covered * (total - covered)
+            counts.append(f", about {_clock(left)} left")
+        lines: list[Any] = [counts, ProgressBar(total=total, completed=covered, width=60)]
+        lines += [
+            Text(f"  {folder.name}  epoch {number}/{self._epochs[folder]}", style="dim")
+            for folder, number in running.items()
+        ]
+        if done:
+            best = max(self._results.items(), key=lambda pair: (pair[1].get("best") or {}).get("valid_acc", -1.0))
+            lines.append(Text(f"best valid accuracy so far {best[1]['best']['valid_acc']:.4f}: {best[0].name}"))
+        return Group(*lines)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "result.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def ended(result: dict[str, Any]) -> bool:
+    return result.get("status") in ("FINISHED", "FAILED", "KILLED")
+
+
+def epochs_done(folder: Path) -> int:
+    """Epochs of the newest attempt that are finished."""
+    number = 0
+    for event in read_journal(folder):
+        if event["event"] == "run":
+            number = 0
+        elif event["event"] == "metrics" and "gap/acc" in event["values"]:
+            number = event["step"]
+    return number
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def print_jobs(console: Console, jobs: list[tuple[str, str, bool]]) -> None:
+    """The jobs of a sweep: folder, run name, whether it is finished already."""
+    table = Table("job", "run", "", box=box.SIMPLE_HEAD)
+    for folder, name, finished in jobs:
+        table.add_row(escape(folder), escape(name), "finished" if finished else "")
+    console.print(table)
+
+
+def print_outcome(
+    console: Console,
+    folder: Path,
+    names: list[str],
+    labels: list[str],
+    results: list[dict[str, Any]],
+    problem: str | None,
+) -> None:
+    """A row for each condition, then what failed and what to type next.
+
+    Args:
+        console: where to.
+        folder: of the sweep.
+        names: of the jobs' folders.
+        labels: of each job's condition.
+        results: `result.json` of each job, empty where there is none.
+        problem: what became of the launcher, if it gave up.
+    """
+    table = Table(title=f"{len(results)} jobs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("last epoch, mean ± sd over seeds")
+    for heading in ("seeds", "failed", "train", "valid", "gap, pp", "test of best"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label in dict.fromkeys(labels):
+        mine = [result for result, one in zip(results, labels, strict=True) if one == label]
+        done = [result for result in mine if result.get("status") == "FINISHED"]
+        table.add_row(
+            escape(label),
+            str(len(done)),
+            str(len(mine) - len(done) or ""),
+            *(_spread([result[name] for result in done], digits, factor) for name, digits, factor in (
+                ("train_acc", 4, 1), ("valid_acc", 4, 1), ("gap_acc", 2, 100), ("test_acc", 4, 1))),
+        )  # fmt: skip
+    console.print(table)
+    bad = [(name, result) for name, result in zip(names, results, strict=True) if result.get("status") != "FINISHED"]
+    for name, result in bad[:SHOWN_FAILURES]:
+        why = f"{result['status']}: {result.get('error') or 'interrupted'}" if result else "not run"
+        console.print(f"{name}  {why}", markup=False, soft_wrap=True)
+    if len(bad) > SHOWN_FAILURES:
+        console.print(f"… and {len(bad) - SHOWN_FAILURES} more")
+    if problem:
+        console.print(problem, markup=False, soft_wrap=True)
+    if bad:
+        console.print(f"go on     python src/train.py -m sweep.resume={folder.name}", markup=False, soft_wrap=True)
+    console.print("next      python src/report.py    (intervals, tests and verdicts)", soft_wrap=True)
+
+
+def _spread(values: list[float | None], digits: int, factor: float) -> str:
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return ""
+    sd = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{sd}"

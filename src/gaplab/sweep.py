@@ -1,0 +1,411 @@
+"""A multirun as one thing.
+
+Every job is composed, checked and saved before the first starts; an MLflow run stands above theirs; what finished is
+never run twice. The jobs are run by whichever Hydra launcher is chosen.
+"""
+
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gaplab import config as configs
+from gaplab import launch
+from gaplab.config import Config, MLflow
+from gaplab.errors import TrainingError, UserError
+from gaplab.live import LiveView, print_jobs, print_outcome
+from gaplab.tracking.journal import Tracker, read_journal
+
+PROBE_SAMPLES = 4000
+NOT_SWEPT = ("sweep.", "paths.", "tracking.", "hydra.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its folder, what was said for it, and the config that came of it."""
+
+    folder: Path
+    overrides: list[str]
+    config: Config
+
+
+@dataclass
+class SavedJobs:
+    """What a launcher is given for Hydra's config loader: a job's config was composed and saved beforehand, so that
+    files edited while the sweep runs change nothing. A launcher's "overrides" of a job are the name of its folder."""
+
+    sweep: Path
+
+    def load_sweep_config(self, master_config: Any, sweep_overrides: Sequence[str]) -> Any:
+        from omegaconf import OmegaConf, open_dict
+
+        config = OmegaConf.masked_copy(master_config, ["hydra"])
+        with open_dict(config):
+            config.hydra.sweep.subdir = sweep_overrides[0]
+            config.folder = str(self.sweep / sweep_overrides[0])
+        return config
+
+
+def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) -> None:
+    """Run every combination of the swept values.
+
+    Args:
+        hydra_config: the config that Hydra composed, `hydra` included.
+        context: HydraContext.
+        params: overrides that the config gives, replaced by those typed.
+        typed: overrides that were typed.
+
+    Raises UserError before any job starts, TrainingError at the end when a job failed, and KeyboardInterrupt.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    resume = next((word.partition("=")[2] for word in typed if word.startswith("sweep.resume=")), None)
+    if resume and all(word.startswith(("sweep.", "paths.")) for word in typed):
+        outputs = Path(hydra_config.paths.outputs)
+        folder = find_sweep(outputs, resume)
+        jobs = saved_jobs(folder)
+        for job in jobs:
+            configs.check_trust(job.config, typed)
+    else:
+        jobs = _compose(hydra_config, context, params, typed)
+        settings = jobs[0].config
+        outputs = Path(settings.paths.outputs).expanduser().absolute()
+        name = settings.sweep.claim or settings.name or f"{settings.data.name}_{settings.model.name}"
+        folder = find_sweep(outputs, resume) if resume else _new_folder(outputs, name)
+        jobs = _placed(folder, saved_jobs(folder) if resume else [], jobs)
+    settings = jobs[0].config
+    finished = [job for job in jobs if is_finished(job.folder, job.config)]
+    waiting = [job for job in jobs if job not in finished]
+    parallel = _set_parallel(hydra_config, settings)
+    if any(word.startswith("sweep.dry_run=") and word.partition("=")[2].lower() == "true" for word in typed):
+        print_jobs(console, [(job.folder.name, configs.run_name(job.config), job in finished) for job in jobs])
+        console.print(_estimate([job.config for job in waiting], parallel), soft_wrap=True)
+        return
+    _run(console, folder, jobs, waiting, hydra_config, context, typed)
+
+
+def run_job(cfg: Any) -> None:
+    """The task that a launcher runs, in this process or another: the job in `cfg.folder`, unless it is finished."""
+    from filelock import FileLock
+
+    folder = Path(cfg.folder)
+    config = configs.load(folder / "config.yaml")
+    with FileLock(folder / ".lock"):  # held, if at all, by a job that outlived its sweep
+        if not is_finished(folder, config):
+            _clear(folder)
+            launch.launch(config, folder, in_sweep=True)
+
+
+def find_sweep(outputs: Path, name: str = "latest") -> Path:
+    """The folder of a sweep by its path, its name in `outputs/sweeps`, or `latest`. Raises UserError."""
+    sweeps = outputs.expanduser().absolute() / "sweeps"
+    if name == "latest":
+        found = sorted(path.parent for path in sweeps.glob("*/sweep.json"))
+        if not found:
+            raise UserError(f"no sweep in {sweeps}; run one with python src/train.py -m …")
+        return found[-1]
+    for folder in (Path(name).expanduser().absolute(), sweeps / name):
+        if (folder / "sweep.json").is_file():
+            return folder
+    raise UserError(f"{name}: no sweep there (no sweep.json), nor in {sweeps}")
+
+
+def saved_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep, in order. Raises UserError."""
+    try:
+        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'sweep.json'}: cannot be read ({type(error).__name__})") from None
+    found = []
+    for job in jobs:
+        path = folder / job["folder"]
+        found.append(Job(path, job["overrides"], configs.load(path / "config.yaml")))
+    return found
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a run; empty when there is none, or none that is whole."""
+    try:
+        return dict(json.loads((folder / "result.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run of just this config is in `folder`, to its end."""
+    result = read_result(folder)
+    ended = result.get("status") == "FINISHED" or (config.sweep.allow_divergence and result.get("diverged"))
+    return bool(ended) and result["config_hash"] == configs.config_hash(config)
+
+
+def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str]) -> list[Job]:
+    """Every combination of the swept values, composed and checked; the folders are yet to be chosen."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import flag_override
+
+    parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides([*params, *typed])
+    (combinations,) = BasicSweeper.split_arguments(parsed, None)
+    jobs: list[Job] = []
+    hashes: dict[str, list[str]] = {}
+    for overrides in combinations:
+        cfg = context.config_loader.load_sweep_config(hydra_config, overrides)
+        with flag_override(cfg, ["struct", "readonly"], [False, False]):
+            del cfg["hydra"]
+        config = configs.from_hydra(cfg, typed)
+        if config.trainer.threads is None:  # the same whatever the launcher, for it decides the last bits
+            config = replace(config, trainer=replace(config.trainer, threads=1))
+        launch.check_root(config.data)
+        said = [_plain(word) for word in overrides if not word.startswith(NOT_SWEPT)]
+        same = hashes.setdefault(configs.config_hash(config), said)
+        if same is not said:
+            raise UserError(f"two jobs are the same: [{' '.join(same)}] and [{' '.join(said)}]")
+        jobs.append(Job(Path(), said, config))
+    return jobs
+
+
+def _plain(word: str) -> str:
+    """Hydra writes swept booleans as Python does."""
+    return re.sub(r"=(True|False)$", lambda found: found.group().lower(), word)
+
+
+def _new_folder(outputs: Path, name: str) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return outputs / "sweeps" / f"{stamp}_{configs.slug(name)}_{secrets.token_hex(3)}"
+
+
+def _placed(folder: Path, saved: list[Job], composed: list[Job]) -> list[Job]:
+    """The saved jobs, then the composed ones that are new, numbered on; a folder's name says what is its job's own."""
+    known = {configs.config_hash(job.config) for job in saved}
+    new = [job for job in composed if configs.config_hash(job.config) not in known]
+    if saved and len(new) == len(composed):
+        raise UserError(f"sweep.resume: none of these jobs is in {folder}; leave sweep.resume out for a new sweep")
+    words = _own_words([job.overrides for job in composed])
+    names = {id(job): "_".join(own or job.overrides) for job, own in zip(composed, words, strict=True)}
+    return saved + [
+        replace(job, folder=folder / configs.slug(f"{number}_{names[id(job)]}"))
+        for number, job in enumerate(new, len(saved))
+    ]
+
+
+def _own_words(overrides: list[list[str]]) -> list[list[str]]:
+    """Of each job's overrides, those that not all jobs share."""
+    common = set.intersection(*map(set, overrides))
+    return [[word for word in words if word not in common] for words in overrides]
+
+
+def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
+    """Each job's config, then `sweep.json`, whole or not at all."""
+    try:
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "config.yaml").write_text(configs.to_yaml(job.config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"paths.outputs: {folder} cannot be written ({error.strerror})") from None
+    description = {
+        "name": folder.name,
+        "claim": jobs[0].config.sweep.claim,
+        "overrides": [configs.masked(word) for word in typed],
+        "jobs": [
+            {
+                "folder": job.folder.name,
+                "overrides": job.overrides,
+                "config_hash": configs.config_hash(job.config),
+                "condition": configs.condition(job.config),
+                "seed": job.config.seed,
+            }
+            for job in jobs
+        ],
+    }
+    partial = folder / ".sweep.json"
+    partial.write_text(json.dumps(description, indent=1) + "\n")
+    os.replace(partial, folder / "sweep.json")
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Hold the sweep in `folder`. Raises UserError when another process does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: this sweep is running") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an unfinished attempt left; its journal goes on."""
+    import shutil
+
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("config.yaml", "journal.jsonl", "mlflow.json", ".lock"):
+            path.unlink()
+
+
+def _run(
+    console: Console,
+    folder: Path,
+    jobs: list[Job],
+    waiting: list[Job],
+    hydra_config: Any,
+    context: Any,
+    typed: list[str],
+) -> None:
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"paths.outputs={folder.parent.parent}: cannot be written ({error.strerror})") from None
+    with running(folder):
+        old = {event["path"] for event in read_journal(folder) if event["event"] == "child"}
+        settings = _tracking(folder, jobs[0].config)
+        _save(folder, jobs, typed)
+        console.print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished, in {folder}", soft_wrap=True)
+        claim = jobs[0].config.sweep.claim
+        tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
+        tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
+        for job in jobs:
+            if str(job.folder) not in old:
+                tracker.child(job.folder)
+        tracker.artifact(folder / "sweep.json")
+        for job in waiting:
+            try:
+                with FileLock(job.folder / ".lock", timeout=0):
+                    _clear(job.folder)
+            except Timeout:  # outlived its sweep, and will be waited for
+                continue
+        status, problem = "KILLED", None
+        try:
+            tracker.wait_for_run()
+            with LiveView(console, [job.folder for job in waiting], [job.config.trainer.max_epochs for job in waiting]):
+                problem = _launch(folder, waiting, hydra_config, context)
+            status = "FINISHED"
+        finally:
+            results = [read_result(job.folder) for job in jobs]
+            failed = [
+                result for job, result in zip(jobs, results, strict=True) if not is_finished(job.folder, job.config)
+            ]
+            if status == "FINISHED" and failed:
+                status = "FAILED"
+            tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": len(failed)}, 0)
+            tracker.finish(status)
+            labels = conditions(jobs)
+            print_outcome(console, folder, [job.folder.name for job in jobs], labels, results, problem)
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(jobs)} jobs did not finish")
+
+
+def _tracking(folder: Path, config: Config) -> Any:
+    """The tracking settings; of a sweep that goes on, with the address it began with (saved configs hold no password)."""
+    began = next((event for event in read_journal(folder) if event["event"] == "run" and "uri" in event), None)
+    if began and isinstance(config.tracking, MLflow):
+        return replace(config.tracking, uri=began["uri"])
+    return config.tracking
+
+
+def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -> str | None:
+    """Let the launcher run the jobs; what became of it if it gave up."""
+    from hydra.core.plugins import Plugins
+    from hydra.core.utils import JobStatus
+    from hydra.types import HydraContext
+    from omegaconf import open_dict
+
+    if not waiting:
+        return None
+    with open_dict(hydra_config):
+        hydra_config.hydra.sweep.dir = str(folder)
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=HydraContext(SavedJobs(folder), context.callbacks),  # type: ignore[arg-type]
+        task_function=run_job,
+        config=hydra_config,
+    )
+    try:
+        returns = launcher.launch([[job.folder.name] for job in waiting], initial_job_idx=0)
+    except Exception as error:  # a process of the launcher's was killed, a cluster did not answer
+        return f"the launcher gave up: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    for job, returned in zip(waiting, returns, strict=True):
+        if returned.status is not JobStatus.COMPLETED and not read_result(job.folder):
+            cause = returned._return_value  # ended before there was a run to record it
+            result = {"status": "FAILED", "error": f"{type(cause).__name__}: {cause}"}
+            (job.folder / "result.json").write_text(json.dumps(result) + "\n")
+    return None
+
+
+def _set_parallel(hydra_config: Any, settings: Config) -> int:
+    """Jobs at a time; with joblib, unless said, as many as the cores hold with the threads that each job has."""
+    from omegaconf import open_dict
+
+    launcher = hydra_config.hydra.launcher
+    if "joblib" not in launcher._target_:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launcher.n_jobs == -1:
+        with open_dict(hydra_config):
+            launcher.n_jobs = max(1, cores // (settings.trainer.threads or 1))
+            launcher.batch_size = "1"
+    return int(launcher.n_jobs)
+
+
+def conditions(jobs: list[Job]) -> list[str]:
+    """What tells each job's condition from the others', in the words of its overrides; equal for replicates."""
+    words = _own_words([[word for word in job.overrides if not word.startswith("seed=")] for job in jobs])
+    return [
+        " ".join(own) or configs.run_name(job.config).rpartition(" ")[0] for job, own in zip(jobs, words, strict=True)
+    ]
+
+
+def _estimate(waiting: list[Config], parallel: int) -> str:
+    """How long the jobs will take, from two short epochs of each kind of network on this machine."""
+    seconds: dict[str, float] = {}
+    total = 0.0
+    try:
+        for config in waiting:
+            kind = repr(
+                (replace(config.model, bn=True, dropout=0.0, init="zeros", init_gain=1.0, init_std=1.0), config.data)
+            )
+            if kind not in seconds:
+                seconds[kind] = _probe(config)
+            total += seconds[kind] * config.trainer.max_epochs
+    except (TrainingError, UserError) as error:
+        return f"{len(waiting)} jobs to run; no estimate of the time: {error}"
+    jobs = f"{len(waiting)} jobs to run, {parallel} at a time"
+    return f"{jobs}: about {_duration(total / parallel)} of training, judged by two short epochs"
+
+
+def _probe(config: Config) -> float:
+    """Seconds of an epoch, from one with fewer samples."""
+    factor, data = 1.0, config.data
+    if isinstance(data, configs.TorchvisionData) and data.num_train is not None:
+        train, valid = configs.sizes(data, data.num_train)
+        factor = max(1.0, train / PROBE_SAMPLES)
+        data = replace(data, train_size=round(train / factor), valid_size=max(1, round(valid / factor)))
+    trainer = replace(config.trainer, max_epochs=2, early_stopping=None)
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(config, data=data, trainer=trainer, figures=False)
+        launch.launch(short, Path(folder) / "probe", in_sweep=True)
+        epochs = [event["values"] for event in read_journal(Path(folder) / "probe") if event["event"] == "metrics"]
+    return factor * min(values["time/epoch_s"] for values in epochs if "time/epoch_s" in values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
