@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from gaplab.config import PROJECT, describe, did_you_mean, from_hydra
+from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra
 from gaplab.errors import TrainingError, UserError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -20,7 +20,8 @@ gaplab: train an image classifier and measure its overfitting gap, with an inter
   python src/train.py model.bn=true                        one run, BatchNorm on
   python src/train.py model=cnn model.dropout=0.5 seed=1   another network, dropout, seed
   python src/train.py experiment=baseline                  a shipped experiment
-  python src/train.py -m model.bn=false,true seed=0,1,2    every combination, one after another
+  python src/train.py -m model.bn=false,true 'seed=range(6)'   every combination; then python src/report.py
+  python src/train.py -m claim=overfitting                 a claim: its grid, for a verdict
   python src/train.py --cfg job                            print the composed config, run nothing
   python src/train.py model=resnet --help                  the keys of another choice
   python src/train.py --hydra-help                         Hydra's own options
@@ -32,11 +33,22 @@ Choose one of each group with group=option:
 Change any key with key=value:
 
 {keys}"""
+REPORT_HELP = """\
+gaplab: what a sweep says, as tables, figures, verdicts and one HTML page.
+
+  python src/report.py                                     the newest sweep
+  python src/report.py sweep=<folder>                      another one; a list for several: 'sweep=[<a>,<b>]'
+  python src/report.py sweep=<run id>                      one in MLflow, by the id of its run
+  python src/report.py 'runs=[<folder>,<run id>]'          a hand-picked set of runs
+
+Change any key with key=value:
+
+{keys}"""
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Call a `hydra.main` function and exit with its status."""
+def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
+    """Call a `hydra.main` function and exit with its status; `help_text` of the overrides answers --help."""
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
     words = sys.argv[1:]
     try:
@@ -53,16 +65,28 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
-def help_text(overrides: list[str]) -> str:
+def train_help(overrides: list[str]) -> str:
     """What can be typed: the groups, and each key of the config that `overrides` compose. Hydra's own takes seconds."""
-    from hydra import compose, initialize_config_dir
-
     folder = PROJECT / "conf"
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        config = from_hydra(compose("train", overrides), overrides)
     groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra")
     choices = [f"  {group.name:11} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
-    return HELP.format(groups="\n".join(choices), keys="\n".join(f"  {line}" for line in describe(config)))
+    return HELP.format(groups="\n".join(choices), keys=_keys_of(from_hydra(_compose("train", overrides), overrides)))
+
+
+def report_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return REPORT_HELP.format(keys=_keys_of(report_from_hydra(_compose("report", overrides))))
+
+
+def _compose(name: str, overrides: list[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return compose(name, overrides)
+
+
+def _keys_of(config: Any) -> str:
+    return "\n".join(f"  {line}" for line in describe(config))
 
 
 def job(task: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -289,6 +289,24 @@ class Config:
     )
 
 
+@dataclass
+class Report:
+    """What `src/report.py` reports on, and how."""
+
+    sweep: Any = key("latest", "Sweep: latest, a folder, its name, or the id of its run in MLflow; or a list of them.")
+    runs: Any = key([], "Instead of a sweep, a hand-picked list of run folders or MLflow run ids.")
+    metrics: list[str] = key(["gap/acc", "valid/acc"], "Metrics to compare, by their MLflow names.")
+    margin: float = key(
+        0.002,
+        "Largest difference that counts as none, in the metric's unit: 0.002 is 0.2 pp of accuracy.",
+        Range(0, 1, "()"),
+    )
+    claim: str | None = key(None, "Claim to judge; null for the one that the sweep was run for.", CLAIMS)
+    output: str | None = key(None, "Folder for the report; null for report/ in the sweep's.")
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+
+
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model, MLP, CNN, ResNet, TorchvisionResNet),
     "data": (TorchvisionData, ImageFolder),
@@ -310,6 +328,7 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    store.store(name="report_schema", node=Report)
     for classes in SCHEMAS.values():
         for schema in classes:
             store.store(group="schema", name=schema.__name__, node=schema)
@@ -321,6 +340,27 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
     `typed` are the overrides that a person typed: packages beyond the usual ones are allowed by these alone, never by
     the config file that names the class.
     """
+    config = _to_object(cfg)
+    assert isinstance(config, Config)
+    check_trust(config, typed)
+    check(config)
+    return config
+
+
+def report_from_hydra(cfg: Any) -> Report:
+    """The typed, checked config of a report. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Report)
+    _check_ranges(config)
+    return config
+
+
+def listed(value: Any) -> list[str]:
+    """One or several, as typed."""
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)] if value is not None else []
+
+
+def _to_object(cfg: Any) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue
 
@@ -328,10 +368,7 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
-    assert isinstance(config, Config)
     _refuse_additions(cfg, config)
-    check_trust(config, typed)
-    check(config)
     return config
 
 
@@ -445,7 +482,7 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield f"{prefix}{item.name}", value, item.metadata
 
 
-def describe(config: Config) -> Iterator[str]:
+def describe(config: Any) -> Iterator[str]:
     """A line for each key: its value, what it means, and what it may be."""
     for name, value, metadata in _walk(config):
         allowed = metadata.get("allowed")
@@ -460,8 +497,7 @@ def describe(config: Config) -> Iterator[str]:
         yield f"{name}={shown}\n      {metadata['doc']}{limits}"
 
 
-def check(config: Config) -> None:
-    """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
+def _check_ranges(config: Any) -> None:
     for name, value, metadata in _walk(config):
         allowed = metadata.get("allowed")
         if allowed is None or value is None:
@@ -472,6 +508,10 @@ def check(config: Config) -> None:
                     raise UserError(f"{name}={one}: must be {allowed}")
                 raise UserError(f"{name}={one}: {did_you_mean(one, allowed)}choose one of {', '.join(allowed)}")
 
+
+def check(config: Config) -> None:
+    """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
+    _check_ranges(config)
     model, data, trainer = config.model, config.data, config.trainer
     check_target(model._target_, config.allowed_targets, "model._target_")
     check_target(config.optimizer._target_, config.allowed_targets, "optimizer._target_")

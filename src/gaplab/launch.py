@@ -31,6 +31,8 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
     started = time.perf_counter()
     run_id = secrets.token_hex(16)
     check_root(config.data)
+    if not in_sweep:
+        _refuse_sweep_words(config)
     folder = _make_folder(config, folder)
     (folder / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
     name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
@@ -43,6 +45,12 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
 
     with (folder / "console.log").open("w") if in_sweep else nullcontext() as console:
         return worker.run(config, folder, tracker, run_id, started, console)
+
+
+def _refuse_sweep_words(config: Config) -> None:
+    claim = next((word for word in overrides() if word.startswith("claim=") and word != "claim=null"), None)
+    if claim or config.sweep.resume or config.sweep.dry_run:
+        raise UserError(f"{claim or 'sweep.resume and sweep.dry_run'}: said of a sweep; add -m")
 
 
 def check_root(data: Data) -> None:

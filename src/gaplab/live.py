@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs and at its end: read from its jobs' folders, so that it is the same whoever runs them."""
+"""What a sweep shows while it runs and at its end, read from its jobs' folders: the same whoever runs them."""
 
 import json
 import statistics
@@ -144,6 +144,7 @@ def print_outcome(
     names: list[str],
     labels: list[str],
     results: list[dict[str, Any]],
+    failed: list[bool],
     problem: str | None,
 ) -> None:
     """A row for each condition, then what failed and what to type next.
@@ -154,11 +155,12 @@ def print_outcome(
         names: of the jobs' folders.
         labels: of each job's condition.
         results: `result.json` of each job, empty where there is none.
+        failed: whether each job did not end as it should.
         problem: what became of the launcher, if it gave up.
     """
     table = Table(title=f"{len(results)} jobs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("last epoch, mean ± sd over seeds")
-    for heading in ("seeds", "failed", "train", "valid", "gap, pp", "test of best"):
+    for heading in ("seeds", "lost", "train", "valid", "gap, pp", "test of best"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label in dict.fromkeys(labels):
         mine = [result for result, one in zip(results, labels, strict=True) if one == label]
@@ -171,7 +173,7 @@ def print_outcome(
                 ("train_acc", 4, 1), ("valid_acc", 4, 1), ("gap_acc", 2, 100), ("test_acc", 4, 1))),
         )  # fmt: skip
     console.print(table)
-    bad = [(name, result) for name, result in zip(names, results, strict=True) if result.get("status") != "FINISHED"]
+    bad = [(name, result) for name, result, lost in zip(names, results, failed, strict=True) if lost]
     for name, result in bad[:SHOWN_FAILURES]:
         why = f"{result['status']}: {result.get('error') or 'interrupted'}" if result else "not run"
         console.print(f"{name}  {why}", markup=False, soft_wrap=True)

@@ -165,6 +165,9 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
         config = configs.from_hydra(cfg, typed)
         if config.trainer.threads is None:  # the same whatever the launcher, for it decides the last bits
             config = replace(config, trainer=replace(config.trainer, threads=1))
+        config = replace(
+            config, sweep=replace(config.sweep, resume=None, dry_run=False)
+        )  # said of the sweep, not of it
         launch.check_root(config.data)
         said = [_plain(word) for word in overrides if not word.startswith(NOT_SWEPT)]
         same = hashes.setdefault(configs.config_hash(config), said)
@@ -300,21 +303,19 @@ def _run(
             status = "FINISHED"
         finally:
             results = [read_result(job.folder) for job in jobs]
-            failed = [
-                result for job, result in zip(jobs, results, strict=True) if not is_finished(job.folder, job.config)
-            ]
-            if status == "FINISHED" and failed:
+            lost = [not is_finished(job.folder, job.config) for job in jobs]
+            if status == "FINISHED" and any(lost):
                 status = "FAILED"
-            tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": len(failed)}, 0)
+            tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, 0)
             tracker.finish(status)
             labels = conditions(jobs)
-            print_outcome(console, folder, [job.folder.name for job in jobs], labels, results, problem)
-    if failed:
-        raise TrainingError(f"{len(failed)} of {len(jobs)} jobs did not finish")
+            print_outcome(console, folder, [job.folder.name for job in jobs], labels, results, lost, problem)
+    if any(lost):
+        raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
 
 
 def _tracking(folder: Path, config: Config) -> Any:
-    """The tracking settings; of a sweep that goes on, with the address it began with (saved configs hold no password)."""
+    """The tracking settings; a sweep that goes on keeps the address it began with (saved configs hold no password)."""
     began = next((event for event in read_journal(folder) if event["event"] == "run" and "uri" in event), None)
     if began and isinstance(config.tracking, MLflow):
         return replace(config.tracking, uri=began["uri"])

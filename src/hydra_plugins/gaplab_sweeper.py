@@ -19,7 +19,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="gaplab", node=GaplabSw
 
 
 class GaplabSweeper(Sweeper):
-    """Every combination of the swept values; `params` are overrides that a config file gives, typed ones replace them."""
+    """Every combination of the swept values; typed overrides replace those of `params`, which a config file gives."""
 
     def __init__(self, params: dict[str, str]) -> None:
         self._params = params

@@ -10,8 +10,8 @@ import pytest
 from conftest import composed
 
 from gaplab import config as configs
-from gaplab.tracking.journal import Tracker
-from gaplab.tracking.mlflow import follow
+from gaplab.tracking.journal import Tracker, journal_of, read_journal
+from gaplab.tracking.mlflow import Journal
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_folder_holds_what_the_contract_says(finished):
     checkpoints = {f"checkpoints/{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")}
     expected = {"config.yaml", "result.json", "journal.jsonl", "splits.npz"} | figures | checkpoints
     assert expected <= names
-    assert names - expected == {"mlflow.json", "mlflow.log"}
+    assert names - expected == {"mlflow.json", "mlflow.log", ".mlflow.lock"}
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
 
 
@@ -171,11 +171,47 @@ def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(tmp_p
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/acc": 0.5})
 
 
-def test_follow_waits_for_whole_lines(tmp_path: Path):
-    path = tmp_path / "journal.jsonl"
+def test_a_journal_is_read_line_by_whole_line_and_gone_on_with_where_it_was_sent(tmp_path: Path):
+    path = journal_of(tmp_path)
     path.write_text('{"time": 1, "event": "tags"}\n{"time": 2, "eve')
-    found = follow(path, os.getppid())
-    assert next(found)["event"] == "tags"
+    journal = Journal(tmp_path)
+    journal.run_id = "r"
+    assert [(event["event"], new) for event, new in journal.read()] == [("tags", True)]
+    journal.save()
+    assert list(journal.read()) == []
     with path.open("a") as file:
         file.write('nt": "finish", "status": "FINISHED"}\n')
-    assert [event["event"] for event in found] == ["finish"]
+    again = Journal(tmp_path)
+    assert [(event["event"], new) for event, new in again.read()] == [("tags", False), ("finish", True)]
+    assert again.ended
+    assert [event["event"] for event, _ in journal.read()] == ["finish"]
+
+
+def test_a_line_that_a_crash_cut_off_spoils_no_other(tmp_path: Path):
+    journal_of(tmp_path).write_text('{"time": 1, "event": "run", "name": "a"}\n{"time": 2, "ev')
+    tracker = Tracker(tmp_path, None, "a", {})
+    tracker.metrics({"gap/acc": 0.1}, 1)
+    tracker.finish("FINISHED")
+    assert [event["event"] for event in read_journal(tmp_path)] == ["run", "run", "tags", "metrics", "finish"]
+
+
+def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path):
+    from mlflow import MlflowClient
+
+    tracking = composed(f"paths.outputs={tmp_path}").tracking
+    first = Tracker(tmp_path, tracking, "twice", {})
+    first.metrics({"gap/acc": 0.1}, 1)
+    run_id = first.finish("FAILED")
+    second = Tracker(tmp_path, tracking, "twice", {})
+    second.metrics({"gap/acc": 0.1}, 1)
+    second.metrics({"gap/acc": 0.2}, 2)
+    assert second.finish("FINISHED") == run_id
+    page = tmp_path / "report.html"
+    page.write_text("what it says")
+    added = Tracker.reopen(tmp_path)
+    added.artifact(page, "report")
+    added.close()
+    client = MlflowClient(tracking.uri)
+    assert [(one.step, one.value) for one in client.get_metric_history(run_id, "gap/acc")] == [(1, 0.1), (2, 0.2)]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run_id, "report")] == ["report/report.html"]

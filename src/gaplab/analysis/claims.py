@@ -142,7 +142,7 @@ def init_robustness(section: Section, margin: float) -> Verdict:
     evidence = [
         f"spread of valid accuracy over {len(arms['true'])} initializers: "
         f"{_pp(statistics.mean(spreads['true']), sign=False)} with BatchNorm, "
-        f"{_pp(statistics.mean(spreads['false']), sign=False)} without (standard deviation, mean over {len(pairs)} seeds)",
+        f"{_pp(statistics.mean(spreads['false']), sign=False)} without (sd, mean over {len(pairs)} seeds)",
         f"ratio, paired by seed: {_ratio(contrast)}",
         f"ratio of the means {ratio:.2f}, bootstrap interval [{low:.2f}, {high:.2f}]",
         *(

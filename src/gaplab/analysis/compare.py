@@ -1,4 +1,4 @@
-"""From runs to comparisons: which settings were varied, what each condition's seeds say, and every contrast between them."""
+"""From runs to comparisons: what was varied, what the seeds of each condition say, and every contrast between them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

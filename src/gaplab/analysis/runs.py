@@ -18,8 +18,11 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 
 @dataclass
 class Run:
-    """One run. `settings` are the leaves of its config as text, what does not decide the numbers left out; `metrics` are
-    the last values by their MLflow names, `history` those of every step: {name: {step: value}}."""
+    """One run.
+
+    `settings` are the leaves of its config as text, without what does not decide the numbers; `metrics` the last values
+    by their MLflow names, and `history` those of every step: {name: {step: value}}.
+    """
 
     name: str
     seed: int

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gaplab.tracking.journal import journal_of, read_receipt
 
@@ -44,20 +44,18 @@ class Journal:
         self.last_step: dict[str, int] = {}
         self._sent = int(receipt.get("sent", 0))
         self._seen = 0
-        self._line = b""
-        self._file: BinaryIO | None = None
+        self._rest = b""
 
     def read(self) -> Iterator[tuple[dict[str, Any], bool]]:
         """The events written since the last call, each with whether it is yet to be sent."""
-        if self._file is None:
-            with contextlib.suppress(FileNotFoundError):
-                self._file = journal_of(self.folder).open("rb")
-        while self._file is not None and (part := self._file.readline()):
-            self._line += part
-            if not self._line.endswith(b"\n"):
-                return
-            line, self._line = self._line, b""
-            self._seen += len(line)
+        path = journal_of(self.folder)
+        if not path.is_file() or path.stat().st_size == self._seen + len(self._rest):
+            return
+        with path.open("rb") as file:  # not kept open: a sweep may have more jobs than a process may have files
+            file.seek(self._seen)
+            *lines, self._rest = file.read().split(b"\n")
+        for line in lines:
+            self._seen += len(line) + 1
             try:
                 event = json.loads(line)
             except ValueError:  # cut off by a crash

@@ -1,0 +1,119 @@
+"""Write docs/claims.md and the README's table from the newest full sweep of each claim: `python docs/make_claims.py`.
+
+Every number comes from the `report.json` that `python src/report.py sweep=<folder>` wrote beside the sweep.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+PAGE, PICTURES, README = PROJECT / "docs" / "claims.md", PROJECT / "docs" / "claims", PROJECT / "README.md"
+FIGURES = {
+    "overfitting": ["conditions", "honest_vs_running"],
+    "higher_lr": ["interaction"],
+    "init_robustness": ["interaction"],
+    "dropout_redundant": ["interaction"],
+    "activations": ["activations"],
+    "identity": [],
+}
+FIGURE_1 = "experiment=ioffe_szegedy_fig1"
+HEAD = """\
+# Six claims about BatchNorm, measured
+
+Each claim is a sweep with a decision rule (`src/gaplab/analysis/claims.py`); each verdict stands as it fell. MNIST,
+multilayer perceptrons (`identity`: other networks too), on CPU. Replicates are paired by seed: same split, same data
+order, same initial weights where the shapes allow. `python docs/make_claims.py` writes this page from the `report.json`
+of each sweep. Intervals are 95 % t intervals over seeds, of one contrast each; verdicts are corrected for the family.
+
+"""
+
+
+def main(outputs: Path) -> None:
+    reports = {claim: newest(outputs, f"claim={claim}_full") for claim in FIGURES}
+    PICTURES.mkdir(exist_ok=True)
+    parts = [HEAD, summary(reports)]
+    parts += [section(claim, folder, report) for claim, (folder, report) in reports.items()]
+    parts.append(figure_1(*newest(outputs, FIGURE_1)))
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition("<!-- claims -->\n")
+    _, _, after = rest.partition("<!-- /claims -->\n")
+    table = conditions(reports["overfitting"][1]["sections"][0])
+    README.write_text(
+        f"{before}<!-- claims -->\n{table}\n{summary(reports)}<!-- /claims -->\n{after}", encoding="utf-8"
+    )
+
+
+def newest(outputs: Path, word: str) -> tuple[Path, dict[str, Any]]:
+    """The newest sweep that was typed with `word`, and its report."""
+    for path in sorted(outputs.glob("sweeps/*/sweep.json"), reverse=True):
+        if word in json.loads(path.read_text())["overrides"]:
+            report = path.parent / "report" / "report.json"
+            if not report.is_file():
+                sys.exit(f"error: {path.parent} has no report yet; run python src/report.py sweep={path.parent.name}")
+            return path.parent, json.loads(report.read_text())
+    sys.exit(f"error: no sweep with {word} in {outputs}; run python src/train.py -m {word}")
+
+
+def summary(reports: dict[str, tuple[Path, dict[str, Any]]]) -> str:
+    lines = ["| claim | verdict | what was measured |", "|---|---|---|"]
+    for _, report in reports.values():
+        verdict = report["verdicts"][0]
+        lines.append(f"| {verdict['question']} | **{verdict['verdict']}** | {verdict['summary']} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(claim: str, folder: Path, report: dict[str, Any]) -> str:
+    verdict, part = report["verdicts"][0], report["sections"][0]
+    lines = [f"## {verdict['question']}", "", f"**{verdict['verdict'].capitalize()}**: {verdict['summary']}.", ""]
+    if verdict["seeds_needed"]:
+        lines += [f"{verdict['seeds_needed']} seeds would decide what is open, if what was seen is the truth.", ""]
+    lines += [f"- {line}" for line in verdict["evidence"]]
+    lines += [f"- {note}" for note in [*report["notes"], *part["notes"]]]
+    lines += ["", f"`python src/train.py -m claim={claim}_full`, {len(report['runs'])} runs.", "", conditions(part)]
+    lines += [picture(claim, folder, name) for name in FIGURES[claim]]
+    return "\n".join(lines)
+
+
+def figure_1(folder: Path, report: dict[str, Any]) -> str:
+    text = [
+        "## Figure 1 of the BatchNorm paper",
+        "",
+        f"`python src/train.py -m {FIGURE_1} 'seed=range(6)'`: binary input, three hidden layers of 100 sigmoid units, "
+        "small Gaussian weights, 50 435 steps of 60 examples; plain SGD with learning rate 0.1, which the paper does "
+        "not state. Accuracy is on the validation split: gaplab reads the test split once, at the end.",
+        "",
+        conditions(report["sections"][0]),
+        picture("figure_1", folder, "activations"),
+    ]
+    return "\n".join(text)
+
+
+def conditions(part: dict[str, Any]) -> str:
+    metrics = ["train/acc", "valid/acc", "gap/acc", "test/acc"]
+    lines = ["| condition | seeds | train | valid | gap, pp | test |", "|---|---|---|---|---|---|"]
+    for one in part["conditions"]:
+        cells = [spread(one["estimates"].get(metric), 100 if metric == "gap/acc" else 1) for metric in metrics]
+        lost = f" ({len(one['diverged'])} diverged)" if one["diverged"] else ""
+        lines.append(f"| {one['label']} | {len(one['seeds'])}{lost} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(estimate: dict[str, Any] | None, factor: int) -> str:
+    if estimate is None:
+        return "–"
+    digits = 2 if factor == 100 else 4
+    sd = "" if estimate["sd"] is None else f" ± {factor * estimate['sd']:.{digits}f}"
+    return f"{factor * estimate['mean']:.{digits}f}{sd}"
+
+
+def picture(claim: str, folder: Path, name: str) -> str:
+    target = PICTURES / f"{claim}_{name}.png"
+    shutil.copyfile(folder / "report" / f"{name}.png", target)
+    return f"![{claim}: {name.replace('_', ' ')}](claims/{target.name})\n"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PROJECT / "outputs")

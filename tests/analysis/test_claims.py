@@ -1,0 +1,141 @@
+"""The decision rule of each claim, on runs made so that its answer is known."""
+
+import pytest
+from synthetic import accuracies, noise, synthetic
+
+from gaplab.analysis.claims import judge
+from gaplab.analysis.compare import sections
+from gaplab.config import CLAIMS
+
+SEEDS = range(8)
+
+
+def verdict(claim, grid, measure, seeds=SEEDS):
+    (part,) = sections(synthetic(grid, seeds, measure), ["gap/acc", "valid/acc"], 0.002)
+    return judge(claim, part, 0.002)
+
+
+def test_every_claim_has_a_rule_that_asks_for_what_it_lacks():
+    for claim in CLAIMS:
+        found = verdict(claim, {"optimizer.lr": ["0.1"]}, lambda *_: accuracies(0.99, 0.97))
+        assert (found.claim, found.verdict) == (claim, "inconclusive")
+        assert found.summary.startswith("needs ")
+
+
+TOGGLES = {"model.bn": ["false", "true"], "model.dropout": ["0.0", "0.5"]}
+
+
+@pytest.mark.parametrize(
+    ("effect", "spread", "seeds", "expected"),
+    [
+        (-0.005, 0.0005, 8, "supported"),
+        (+0.005, 0.0005, 8, "contradicted"),
+        (0.0, 0.0005, 8, "contradicted"),
+        (-0.003, 0.008, 8, "inconclusive"),
+        (-0.005, 0.0005, 5, "inconclusive"),
+    ],
+)
+def test_overfitting_is_about_the_gap_of_batchnorm_alone(effect, spread, seeds, expected):
+    def measure(settings, seed):
+        bn, dropout = settings["model.bn"] == "true", settings["model.dropout"] == "0.5"
+        gap = 0.02 + effect * bn - 0.01 * dropout + spread * noise(bn, dropout, seed)
+        return accuracies(0.97 + gap, 0.97)
+
+    found = verdict("overfitting", TOGGLES, measure, range(seeds))
+    assert found.verdict == expected
+    assert any(line.startswith("bn=true: gap ") for line in found.evidence)
+    assert any(line.startswith("dropout=0.5: gap -") for line in found.evidence)
+    if expected == "inconclusive":
+        assert found.seeds_needed is not None
+
+
+RATES = {"model.bn": ["false", "true"], "optimizer.lr": ["0.01", "0.1", "1.0", "10.0"]}
+
+
+def rates(with_bn: float, without: float, speed: float):
+    def measure(settings, seed):
+        bn, lr = settings["model.bn"] == "true", float(settings["optimizer.lr"])
+        if lr > (with_bn if bn else without):
+            return None if lr == 10 else accuracies(0.1, 0.1)
+        return accuracies(0.99, 0.97 + speed * bn + 0.001 * noise(seed, bn))
+
+    return measure
+
+
+def test_higher_lr_needs_larger_rates_and_fewer_steps():
+    found = verdict("higher_lr", RATES, rates(10, 0.1, 0.0))
+    assert "largest stable learning rate, with BatchNorm over without: 100 times [100, 100], real" in found.evidence[0]
+    assert "10) was still stable with it in 8 of 8" in found.evidence[0]
+    runs = synthetic(RATES, SEEDS, rates(1, 0.1, 0.01))
+    for run in runs:
+        if run.status == "FINISHED":
+            slow = run.settings["model.bn"] == "false"
+            value = run.metrics["valid/acc"]
+            run.history["valid/acc"] = {epoch: value if epoch >= (8 if slow else 2) else 0.5 for epoch in range(1, 11)}
+    (part,) = sections(runs, ["gap/acc", "valid/acc"], 0.002)
+    found = judge("higher_lr", part, 0.002)
+    assert found.verdict == "supported"
+    assert "epochs to the plain network's best valid accuracy, with over without: 0.25 times" in found.evidence[1]
+    assert verdict("higher_lr", RATES, rates(0.1, 1, 0.01)).verdict == "contradicted"
+    assert verdict("higher_lr", RATES, rates(1, 0.1, -0.02)).verdict == "contradicted"  # never gets there
+
+
+@pytest.mark.parametrize(("shrink", "expected"), [(0.2, "supported"), (5.0, "contradicted"), (1.0, "contradicted")])
+def test_init_robustness_compares_spreads(shrink, expected):
+    def measure(settings, seed):
+        bn, std = settings["model.bn"] == "true", float(settings["model.init_std"])
+        offset = {0.01: -0.01, 0.1: 0.0, 1.0: 0.01}[std] * (shrink if bn else 1)
+        return accuracies(0.99, 0.9 + offset + 0.0003 * noise(bn, std, seed))
+
+    found = verdict(
+        "init_robustness", {"model.bn": ["false", "true"], "model.init_std": ["0.01", "0.1", "1.0"]}, measure
+    )
+    assert found.verdict == expected
+    assert f"{shrink:.2f}"[:3] in found.evidence[2]
+
+
+def test_a_diverged_initializer_counts_as_chance():
+    def measure(settings, seed):
+        if settings == settings | {"model.bn": "false", "model.init_std": "1.0"}:
+            return None
+        return accuracies(0.99, 0.9 + 0.001 * noise(settings["model.init_std"], seed))
+
+    found = verdict("init_robustness", {"model.bn": ["false", "true"], "model.init_std": ["0.1", "1.0"]}, measure)
+    assert found.verdict == "supported"
+    assert any("8 of 8 diverged" in line for line in found.evidence)
+
+
+@pytest.mark.parametrize(
+    ("alone", "beside", "expected"),
+    [
+        (0.006, 0.0, "supported"),
+        (0.006, -0.006, "supported"),
+        (0.006, 0.006, "contradicted"),
+        (0.0, 0.0, "inconclusive"),
+    ],
+)
+def test_dropout_is_redundant_when_it_gains_nothing_beside_batchnorm_but_does_without(alone, beside, expected):
+    def measure(settings, seed):
+        bn, dropout = settings["model.bn"] == "true", settings["model.dropout"] == "0.5"
+        gain = (beside if bn else alone) * dropout
+        return accuracies(0.99, 0.96 + gain + 0.0004 * noise(bn, dropout, seed))
+
+    assert verdict("dropout_redundant", TOGGLES, measure).verdict == expected
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.3, "supported"), (3.0, "contradicted"), (1.0, "contradicted")])
+def test_activations_compares_height_and_movement(factor, expected):
+    runs = synthetic({"model.bn": ["false", "true"]}, SEEDS, lambda *_: accuracies(0.99, 0.97))
+    for run in runs:
+        scale = (factor if run.settings["model.bn"] == "true" else 1.0) * (1 + 0.02 * noise(run.name))
+        for name, value in {"p15": -2.0, "p50": 0.5, "p85": 2.5}.items():
+            run.history[f"act/1/{name}"] = {step: scale * value * (1 + step / 10) for step in range(5)}
+    (part,) = sections(runs, ["gap/acc", "valid/acc"], 0.002)
+    assert judge("activations", part, 0.002).verdict == expected
+
+
+def test_identity_is_exact_or_not():
+    for error, expected in {1e-15: "supported", 1e-6: "contradicted"}.items():
+        grid = {"model.bn": ["true"]}
+        found = verdict("identity", grid, lambda *_, e=error: accuracies(1, 1) | {"bn/identity_error": e}, [0])
+        assert found.verdict == expected
