@@ -38,12 +38,32 @@ def main(outputs: Path) -> None:
     parts += [section(claim, folder, report) for claim, (folder, report) in reports.items()]
     parts.append(figure_1(*newest(outputs, FIGURE_1)))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition("<!-- claims -->\n")
-    _, _, after = rest.partition("<!-- /claims -->\n")
-    table = conditions(reports["overfitting"][1]["sections"][0])
-    README.write_text(
-        f"{before}<!-- claims -->\n{table}\n{summary(reports)}<!-- /claims -->\n{after}", encoding="utf-8"
-    )
+    part = reports["overfitting"][1]["sections"][0]
+    text = README.read_text(encoding="utf-8")
+    text = replaced(text, "claims", f"{conditions(part)}\n{summary(reports)}")
+    README.write_text(replaced(text, "running", running(part)), encoding="utf-8")
+
+
+def replaced(text: str, mark: str, block: str) -> str:
+    """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced."""
+    before, _, rest = text.partition(f"<!-- {mark} -->\n")
+    _, _, after = rest.partition(f"<!-- /{mark} -->\n")
+    return f"{before}<!-- {mark} -->\n{block}<!-- /{mark} -->\n{after}"
+
+
+def running(part: dict[str, Any]) -> str:
+    """The gap as it is and by the running accuracy, with dropout and without, for the reference's other levels."""
+    first = part["conditions"][0]["label"]
+    dropout = next(one for one in part["conditions"] if one["label"] == first.replace("dropout=0.0", "dropout=0.5"))
+    honest, usual = [], []
+    for one in (part["conditions"][0], dropout):
+        mean = {metric: estimate["mean"] for metric, estimate in one["estimates"].items() if estimate}
+        honest.append(100 * mean["gap/acc"])
+        usual.append(100 * (mean["train/acc_running"] - mean["valid/acc"]))
+    rows = [("plain", honest[0], usual[0]), ("dropout 0.5", honest[1], usual[1])]
+    rows.append(("effect of dropout 0.5", honest[1] - honest[0], usual[1] - usual[0]))
+    lines = ["| mean over the same runs, gap in pp | honest | by the running accuracy |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {one:+.2f} | {other:+.2f} |" for name, one, other in rows)]) + "\n"
 
 
 def newest(outputs: Path, word: str) -> tuple[Path, dict[str, Any]]:

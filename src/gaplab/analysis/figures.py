@@ -24,21 +24,13 @@ from gaplab.analysis.compare import Condition, Section
 from gaplab.analysis.runs import Run
 
 Array = NDArray[np.float64]
-OKABE_ITO = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-    "#999999",
-)  # yellow is too pale
+# Okabe, Ito: told apart by the colour-blind; grey in place of yellow, which is too pale
+OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 GREY, PALE, MARKERS = "#666666", "#e6e6e6", "osD^vP*X"
-STRETCH = 8
+STRETCH, NO_BREAK = 8, "\N{NO-BREAK SPACE}"
 TICKS = (0, 10, 50, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 100)
 MAX_PANELS, MAX_LINES, MAX_METRICS = 16, 4, 3
-NAMES = {"gap/acc": "gap, pp", "train/acc_running": "running train accuracy, %"}
+NAMES = {"gap/acc": "gap", "train/acc_running": "running train accuracy"}
 PERCENTILES = {"act/unit/p15": ":", "act/unit/p50": "-", "act/unit/p85": "--"}
 
 
@@ -268,7 +260,7 @@ def activations(section: Section) -> Figure:
     looked = {
         label: [(one, run) for one in group for run in one.runs if _looked(run)] for label, group in groups.items()
     }
-    labels = [label for label, pairs in looked.items() if pairs][:6]
+    labels = sorted((label for label, pairs in looked.items() if pairs), key=f"{bn}=true".__eq__)[:6]
     figure = Figure(figsize=(9, 5.6), layout="constrained", dpi=120)
     panels = figure.subplot_mosaic([["a"] * len(labels[:2]), [*"bc"[: len(labels)]]], height_ratios=[1, 1.1])
     keys, drawn = [], []
@@ -289,7 +281,7 @@ def activations(section: Section) -> Figure:
         words = {f"{bn}=false": "without BatchNorm", f"{bn}=true": "with BatchNorm"}.get(label, label)
         words += f": {one.label}" if one.label != label else ""
         ended = "" if run.status == "FINISHED" else " (diverged)" if run.diverged else f" ({run.status.lower()})"
-        panels[letter].set_title(_wrapped(f"({letter}) {words}, seed\N{NO-BREAK SPACE}{run.seed}{ended}", 60), size=9)
+        panels[letter].set_title(_wrapped(f"({letter}) {words}, seed{NO_BREAK}{run.seed}{ended}", 60), size=9)
     _set_scale(panels["a"], "y", "valid/acc", drawn)
     pooled = _means_over(section, [bn]) if bn else ""
     panels["a"].set_title(f"(a) valid accuracy{pooled}; band: lowest to highest seed", size=9)
@@ -395,12 +387,12 @@ def _mean_and_ends(values: Sequence[float]) -> tuple[float, list[float]]:
 
 
 def _scaled(metric: str, value: float) -> float:
-    return 100 * value if metric.endswith(("/acc", "/acc_running")) else value
+    return 100 * value if "/acc" in metric else value
 
 
 def _name(metric: str) -> str:
-    split, _, name = metric.rpartition("/")
-    return NAMES.get(metric, f"{split} accuracy, %" if name == "acc" else metric)
+    unit = ", pp" if "gap/acc" in metric else ", %" if "/acc" in metric else ""
+    return NAMES.get(metric, metric.replace("/acc", " accuracy") if unit == ", %" else metric) + unit
 
 
 def _places(levels: Sequence[str], numeric: bool) -> tuple[list[float], bool]:
@@ -433,7 +425,7 @@ def _set_scale(axes: Axes, which: str, metric: str, values: Sequence[float], end
     room = 1.5 * (high - low) or max((abs(end - low) for end in ends), default=0.0) or 0.05 * abs(high) or 1.0
     low, high = max(min(low, *ends, low), low - room), min(max(high, *ends, high), high + room)
     set_limits, axis = (axes.set_xlim, axes.xaxis) if which == "x" else (axes.set_ylim, axes.yaxis)
-    accuracy = metric.endswith("/acc") and metric != "gap/acc"
+    accuracy = "/acc" in metric and "gap/acc" not in metric
     stretched, floor = _stretch(values)
     if accuracy and stretched:
         forward, back = _nines(floor)
@@ -459,7 +451,7 @@ def _padded(low: float, high: float, share: float = 0.1) -> tuple[float, float]:
 
 def _palette(count: int) -> list[str]:
     if count <= len(OKABE_ITO):
-        return list(OKABE_ITO)
+        return OKABE_ITO
     return ["#" + bytes(rgb[:3]).hex() for rgb in colormaps["viridis"](np.linspace(0, 0.9, count), bytes=True)]
 
 
@@ -482,7 +474,8 @@ def _row_label(condition: Condition, reference: bool) -> str:
     lost = {"diverged": condition.diverged, "failed": condition.failed, "unfinished": condition.unfinished}
     beside = ["reference"] if reference else []
     beside += [f"{len(set(seeds))} of {count} {word}" for word, seeds in lost.items() if seeds]
-    return _wrapped(condition.label + (f" ({', '.join(beside)})" if beside else ""), 46)
+    ending = f" ({', '.join(word.replace(' ', NO_BREAK) for word in beside)})" if beside else ""
+    return _wrapped(condition.label + ending, 46)
 
 
 def _wrapped(text: str, width: int) -> str:
