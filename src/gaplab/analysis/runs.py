@@ -217,9 +217,10 @@ def tidy(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
     names = sorted({name for run in runs for name in run.settings})
     varied = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
     metrics = sorted({name for run in runs for name in run.metrics if not name.startswith("act/")})
+    several = len({run.sweep for run in runs}) > 1
     for run in runs:
-        row: dict[str, Any] = {"run": run.name, "sweep": run.sweep, "run_id": run.run_id, "seed": run.seed}
-        row |= {"status": run.status, "diverged": run.diverged}
+        row: dict[str, Any] = {"sweep": run.sweep} if several else {}
+        row |= {"run": run.name, "seed": run.seed, "status": run.status, "diverged": run.diverged}
         row |= {name: run.settings.get(name) for name in varied}
         row |= {name: run.metrics.get(name) for name in metrics}
         yield row

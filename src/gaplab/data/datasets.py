@@ -50,15 +50,13 @@ def load_dataset(
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Let one process at a time unpack. A folder that cannot be written needs no lock: nothing is unpacked there."""
-    try:
-        lock = FileLock(root / ".gaplab.lock")
+    lock = FileLock(root / ".gaplab.lock")
+    with contextlib.suppress(OSError):
         lock.acquire()
-    except OSError:
+    try:
         yield
-        return
-    with lock:
+    finally:
         lock.release()
-        yield
 
 
 def verify_archives(dataset_class: Any, root: Path) -> None:

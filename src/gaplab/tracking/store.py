@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from gaplab.errors import UserError
@@ -11,12 +12,10 @@ CURVES = ("train/acc", "valid/acc", "gap/acc", "train/acc_running")
 
 
 def _client(uri: str) -> Any:
-    from pathlib import Path
-
-    from mlflow import MlflowClient
-
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"tracking.uri={uri}: no such store")
+    from mlflow import MlflowClient
+
     return MlflowClient(tracking_uri=uri)
 
 

@@ -1,0 +1,155 @@
+"""The report over real files: what it writes, and what it says of input that is wrong or thin."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import composed
+from synthetic import accuracies, noise
+
+from gaplab import config as configs
+from gaplab.analysis.report import report
+from gaplab.errors import UserError
+
+GRID = [("mnist", bn, dropout) for bn in ("false", "true") for dropout in ("0", "0.5")]
+
+
+def write_sweep(outputs: Path, name: str, grid=GRID, seeds=range(6), claim: str | None = None) -> Path:
+    """A sweep's folder as its jobs leave it, without training."""
+    folder = outputs / "sweeps" / name
+    jobs = []
+    for data, bn, dropout in grid:
+        first = composed(
+            f"data={data}", f"model.bn={bn}", f"model.dropout={dropout}", f"sweep.claim={claim or 'null'}"
+        )  # fmt: skip
+        for seed in seeds:
+            config = replace(first, seed=seed)
+            job = folder / f"{len(jobs)}_{data}_{bn}_{dropout}_{seed}"
+            job.mkdir(parents=True)
+            (job / "config.yaml").write_text(configs.to_yaml(config))
+            gap = 0.03 - 0.01 * (dropout == "0.5") - 0.005 * (bn == "true") + 0.0003 * noise(bn, dropout, seed)
+            metrics = accuracies(0.99, 0.99 - gap) | {"test/acc": 0.97}
+            events = [
+                {"time": 0, "event": "run", "name": job.name},
+                {"time": 1, "event": "params", "values": {k: str(v) for k, v in configs.flatten(config).items()}},
+                {"time": 1, "event": "dataset", "digest": "d", "profile": {"classes": 10}},
+                *({"time": 2, "event": "metrics", "step": epoch, "values": metrics} for epoch in (1, 2)),
+                {"time": 3, "event": "finish", "status": "FINISHED"},
+            ]
+            (job / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+            result = {"status": "FINISHED", "config_hash": configs.config_hash(config), "run_id": f"{len(jobs):032x}"}
+            (job / "result.json").write_text(json.dumps(result))
+            jobs.append({"folder": job.name, "overrides": []})
+    (folder / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    return folder
+
+
+def settings(outputs: Path, **keys) -> configs.Report:
+    return configs.Report(paths=configs.Paths(str(outputs)), **keys)
+
+
+def test_a_report_is_written_beside_the_newest_sweep(tmp_path: Path, capsys):
+    write_sweep(tmp_path, "2026-01-01_00-00-00_old_000000", seeds=[0])
+    newest = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000", claim="overfitting")
+    folder = report(settings(tmp_path))
+    assert folder == newest / "report"
+    content = json.loads((folder / "report.json").read_text())
+    (part,) = content["sections"]
+    assert part["factors"] == {"bn": ["false", "true"], "dropout": ["0.0", "0.5"]}
+    (bn,) = [one for one in part["contrasts"]["gap/acc"]["effects"] if one["name"] == "bn: true − false"]
+    assert bn["verdict"] == "real"
+    assert bn["difference"] == pytest.approx(-0.005, abs=0.0005)
+    assert [verdict["verdict"] for verdict in content["verdicts"]] == ["supported"]
+    rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+    assert len(rows) == 24
+    assert {"run", "seed", "status", "model.bn", "model.dropout", "gap/acc", "valid/acc"} <= rows[0].keys()
+    assert "run_id" not in rows[0]
+    page = (folder / "report.html").read_text()
+    assert "supported" in page
+    for name in part["figures"]:
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    assert {"conditions.png", "learning_curves.png", "interaction.png", "honest_vs_running.png"} <= set(part["figures"])
+    out = capsys.readouterr().out
+    assert "Does BatchNorm shrink the overfitting gap? supported" in out
+    assert "bn: true − false" in out
+
+
+def test_what_is_missing_is_said_and_the_rest_reported(tmp_path: Path, capsys):
+    folder = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000")
+    shutil.rmtree(folder / "0_mnist_false_0_0")
+    failed = folder / "7_mnist_false_0.5_1" / "result.json"
+    failed.write_text(json.dumps({"status": "FAILED", "error": "out of memory"}))
+    for name in ("result.json", "journal.jsonl"):
+        (folder / "23_mnist_true_0.5_5" / name).unlink()
+    report(settings(tmp_path, metrics=["gap/acc", "gap/ac"]))
+    out = capsys.readouterr().out
+    assert "note: the folder of job 0_mnist_false_0_0 is gone" in out
+    assert 'note: no run has a metric gap/ac; did you mean "gap/acc"?' in out
+    assert "left out, failed: 1 runs: bn=false dropout=0.5 (seeds 1)" in out
+    assert "left out, unfinished: 1 runs: bn=true dropout=0.5 (seeds 5)" in out
+
+
+def test_sweeps_of_different_data_are_reported_apart(tmp_path: Path, capsys):
+    one = write_sweep(tmp_path, "a", seeds=range(2))
+    other = write_sweep(tmp_path, "b", [("kmnist", "false", "0"), ("kmnist", "true", "0")], range(2))
+    folder = report(settings(tmp_path, sweep=[str(one), "b"]))
+    out = capsys.readouterr().out
+    assert "note: 2 data sets or splits (mnist, kmnist): conditions are compared within each" in out
+    content = json.loads((folder / "report.json").read_text())
+    assert [len(part["conditions"]) for part in content["sections"]] == [4, 2]
+    assert folder.parent == tmp_path / "reports"
+    assert other.is_dir()
+
+
+def test_hand_picked_runs_and_claims(tmp_path: Path, capsys):
+    folder = write_sweep(tmp_path, "a")
+    picked = [str(job) for job in sorted(folder.glob("*_mnist_*_0_*"))]
+    report(settings(tmp_path, runs=picked, claim="overfitting"))
+    out = capsys.readouterr().out
+    assert "12 picked runs" in out
+    assert "Does BatchNorm shrink the overfitting gap? supported" in out
+    assert "dropout" not in out.partition("p (Holm)")[0].partition("condition")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "no sweep in "),
+        ({"sweep": "nowhere"}, "nowhere: no sweep there"),
+        ({"runs": ["nowhere"]}, "runs: nowhere is neither a run's folder nor an MLflow run id"),
+        ({"sweep": "0" * 32}, "no such store"),
+    ],
+)
+def test_nothing_to_report_on_is_one_line(tmp_path: Path, keys, said):
+    with pytest.raises(UserError, match=said):
+        report(configs.Report(
+            paths=configs.Paths(str(tmp_path)), tracking=configs.MLflow(uri=f"sqlite:///{tmp_path}/mlflow.db"), **keys
+        ))  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_known_metric_is_one_line(tmp_path: Path):
+    write_sweep(tmp_path, "a", seeds=[0])
+    with pytest.raises(UserError, match="no run has a metric foo/bar; known: gap/acc, test/acc"):
+        report(settings(tmp_path, metrics=["foo/bar"]))
+
+
+def test_the_command_says_one_line_and_helps(tmp_path: Path):
+    def command(*words: str) -> "subprocess.CompletedProcess[str]":
+        script = configs.PROJECT / "src" / "report.py"
+        return subprocess.run([sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True)
+
+    wrong = command("margn=0.1")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert 'margn: no such key; did you mean "margin"?' in wrong.stderr
+    wrong = command("margin=-1")
+    assert wrong.stderr == "error: margin=-1.0: must be a number in (0, 1)\n"
+    wrong = command(f"paths.outputs={tmp_path}")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "no sweep in " in wrong.stderr
+    assert "margin=0.002" in command("--help").stdout
