@@ -152,22 +152,18 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
     """Every combination of the swept values, composed and checked; the folders are yet to be chosen."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import flag_override
 
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides([*params, *typed])
     (combinations,) = BasicSweeper.split_arguments(parsed, None)
     jobs: list[Job] = []
+    known: dict[tuple[str, ...], Config] = {}
     hashes: dict[str, list[str]] = {}
     for overrides in combinations:
-        cfg = context.config_loader.load_sweep_config(hydra_config, overrides)
-        with flag_override(cfg, ["struct", "readonly"], [False, False]):
-            del cfg["hydra"]
-        config = configs.from_hydra(cfg, typed)
+        config = _compose_one(hydra_config, context, overrides, typed, known)
         if config.trainer.threads is None:  # the same whatever the launcher, for it decides the last bits
             config = replace(config, trainer=replace(config.trainer, threads=1))
-        config = replace(
-            config, sweep=replace(config.sweep, resume=None, dry_run=False)
-        )  # said of the sweep, not of it
+        # what is said of the sweep is not said of its jobs
+        config = replace(config, sweep=replace(config.sweep, resume=None, dry_run=False))
         launch.check_root(config.data)
         said = [_plain(word) for word in overrides if not word.startswith(NOT_SWEPT)]
         same = hashes.setdefault(configs.config_hash(config), said)
@@ -175,6 +171,28 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
             raise UserError(f"two jobs are the same: [{' '.join(same)}] and [{' '.join(said)}]")
         jobs.append(Job(Path(), said, config))
     return jobs
+
+
+def _compose_one(
+    hydra_config: Any, context: Any, overrides: list[str], typed: list[str], known: dict[tuple[str, ...], Config]
+) -> Config:
+    """A job's config. Hydra takes 0.1 s for one, and replicates differ in a number: `known` keeps one of them, unless
+    some value is made from the seed."""
+    from omegaconf import OmegaConf, flag_override
+
+    others = tuple(word for word in overrides if not word.startswith("seed="))
+    (seed,) = [word.removeprefix("seed=") for word in overrides if word.startswith("seed=")] or [""]
+    if seed.isdigit() and others in known:
+        config = replace(known[others], seed=int(seed))
+        configs.check(config)
+        return config
+    cfg = context.config_loader.load_sweep_config(hydra_config, overrides)
+    with flag_override(cfg, ["struct", "readonly"], [False, False]):
+        del cfg["hydra"]
+    config = configs.from_hydra(cfg, typed)
+    if not re.search(r"\$\{[^}]*\bseed\b", OmegaConf.to_yaml(cfg)):
+        known[others] = config
+    return config
 
 
 def _plain(word: str) -> str:
