@@ -64,3 +64,15 @@ def test_help_teaches(tmp_path: Path):
     assert "model.depth=20" in train_py("model=resnet", "-h", cwd=tmp_path).stdout
     wrong = train_py("model.bnn=1", "--help", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_a_config_of_somebody_else_lets_hydra_build_nothing(tmp_path: Path):
+    touched = tmp_path / "touched"
+    (tmp_path / "config.yaml").write_text(
+        "defaults: [schema, _self_]\n"
+        f"hydra: {{callbacks: {{x: {{_target_: pathlib.Path.touch, _args_: ['{touched}']}}}}}}\n"
+    )
+    done = train_py("--config-dir", str(tmp_path), "--config-name", "config", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "lets Hydra build a class of its choice" in done.stderr
+    assert not touched.exists()

@@ -101,3 +101,26 @@ def test_every_field_says_what_it_is():
     for schema in [*classes, configs.Paths]:
         for name, item in schema.__dataclass_fields__.items():
             assert item.metadata.get("doc", "").endswith((".", "…")), f"{schema.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://u:p@ss@h/db", "postgresql://***@h/db"),
+        ("https://tok:a/b@h", "https://***@h"),
+        ("mysql://h/db?user=u&password=geheim&x=1", "mysql://h/db?user=u&password=***&x=1"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_addresses_are_shown_without_what_is_secret(text, shown):
+    assert configs.masked(text) == shown
+
+
+def test_a_saved_config_is_read_back_as_it_was(tmp_path):
+    config = composed("model=resnet", "optimizer=sgd", "scheduler=step", "model.bn=true", "tracking=none", "seed=3")
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.to_yaml(config))
+    assert configs.load(path) == config
+    path.write_text("foo: 1")
+    with pytest.raises(UserError, match="not a config that gaplab wrote"):
+        configs.load(path)

@@ -73,6 +73,9 @@ def test_a_killed_sweep_goes_on_where_it_was(resumed):
     }
     assert sum(attempts.values()) <= 8 + 2  # the job that was killed, and the failed one if it had already failed
     assert f"{len(kept)} of them finished" in done.stdout
+    description = json.loads((folder / "sweep.json").read_text())
+    assert "optimizer.lr=0.001,1e30" in description["overrides"]
+    assert len(description["resumed"]) == 1
 
 
 def test_failed_jobs_are_told_and_the_rest_goes_on(resumed):
@@ -132,7 +135,7 @@ def test_more_seeds_are_added_to_a_sweep_and_jobs_run_side_by_side_with_the_same
         assert {name: result[name] for name in NUMBERS} == {name: twin[name] for name in NUMBERS}
         pairs += 1
     assert pairs == 4
-    done = train_py("-m", *arguments, "model.bn=false,true", "seed=0,1,2", "sweep.resume=latest", "sweep.dry_run=true")
+    done = train_py("-m", *arguments, "model.bn=false,true", "seed=0,1,2", "sweep.resume=latest", "++sweep.dry_run=yes")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" finished ") == 4
     assert "4_model.bn=false_seed=2" in done.stdout
@@ -146,6 +149,8 @@ BAD = {
     "seed=0,0": "two jobs are the same: [seed=0] and [seed=0]",
     "sweep.resume=latest": "no sweep in ",
     "seed=0,1 sweep.resume=nowhere": "nowhere: no sweep there",
+    "claim=overfitting,higher_lr": "claim=overfitting: has a sweep of its own",
+    "seed=0,1 hydra.sweep.dir=x": "hydra.sweep: gaplab names the folders of a sweep itself",
     "claim=overfiting": 'claim=overfiting: did you mean "overfitting"?',
 }
 
@@ -158,6 +163,12 @@ def test_a_wrong_job_stops_the_sweep_before_it_starts(arguments: str, tmp_path: 
     assert len(done.stderr.strip().splitlines()) == 1
     assert BAD[arguments] in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_sweeper_is_refused(tmp_path: Path):
+    done = train_py("-m", f"paths.outputs={tmp_path}", "hydra/sweeper=basic", "seed=0,1")
+    assert done.returncode == 2
+    assert "hydra/sweeper: only gaplab's keeps a sweep together" in done.stderr
 
 
 @pytest.mark.parametrize("word", ["claim=overfitting", "sweep.resume=latest", "sweep.dry_run=true"])

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra
@@ -55,6 +56,7 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
         if {"--help", "-h"} & set(words):
             print(help_text([word for word in words if not word.startswith("-")]))
         else:
+            _check_config_dir(words)
             main()
     except Exception as error:
         if SHOW_TRACEBACK:
@@ -63,6 +65,28 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_config_dir(words: list[str]) -> None:
+    """A folder of configs may be somebody else's: of Hydra itself it may set values, but name no class to be built.
+
+    Raises UserError. (What the rest of a config may build, `allowed_targets` decides.)
+    """
+    import argparse
+
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    folder = parser.parse_known_args(words)[0].config_dir
+    for path in Path(folder).expanduser().rglob("*.yaml") if folder else []:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+        whole = "hydra" in path.relative_to(Path(folder).expanduser()).parts[:-1] or not isinstance(raw, dict)
+        if "_target_" in str(raw if whole else raw.get("hydra")):
+            raise UserError(f"{path}: lets Hydra build a class of its choice; only gaplab's own conf/ may do that")
 
 
 def train_help(overrides: list[str]) -> str:

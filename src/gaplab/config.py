@@ -394,8 +394,9 @@ def _refuse_additions(cfg: Any, config: Any, prefix: str = "") -> None:
 
 
 def masked(text: str) -> str:
-    """`text` without the user names and passwords of addresses in it."""
-    return re.sub(r"://[^@/\s]*@", "://***@", text)
+    """`text` without the user names, passwords and tokens of addresses in it."""
+    text = re.sub(r"://\S*@", "://***@", text)
+    return re.sub(r"([?&][a-z_]*(?:password|passwd|token|secret|key)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def to_yaml(config: Config) -> str:
@@ -403,7 +404,9 @@ def to_yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     schemas = [f"- schema@{group}: {type(getattr(config, group)).__name__}" for group in SCHEMAS]
-    defaults = "\n".join(["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_"])
+    defaults = "\n".join(
+        ["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_", "- override hydra/sweeper: gaplab"]
+    )
     return f"{defaults}\n\n{masked(OmegaConf.to_yaml(OmegaConf.structured(config)))}"
 
 
@@ -416,7 +419,7 @@ def load(path: Path) -> Config:
     try:
         raw: Any = OmegaConf.load(path)
         named = [pair for entry in raw.pop("defaults") if not isinstance(entry, str) for pair in entry.items()]
-        schemas = {name.removeprefix("schema@"): known[schema] for name, schema in named}
+        schemas = {name.removeprefix("schema@"): known[one] for name, one in named if name.startswith("schema@")}
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), schemas, raw))
     except (OSError, OmegaConfBaseException, AttributeError, KeyError) as error:
         raise UserError(f"{path}: not a config that gaplab wrote ({type(error).__name__})") from None
@@ -445,7 +448,9 @@ def decides(name: str) -> bool:
 
 
 def _said(config: Config) -> dict[str, Any]:
-    return {name: value for name, value in flatten(config).items() if decides(name)}
+    """What decides the numbers; of a folder of pictures, that is the folder."""
+    said = {name: value for name, value in flatten(config).items() if decides(name)}
+    return said | ({"data.root": config.data.root} if isinstance(config.data, ImageFolder) else {})
 
 
 def config_hash(config: Config) -> str:

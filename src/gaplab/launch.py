@@ -48,6 +48,11 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
 
 
 def _refuse_sweep_words(config: Config) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise UserError("hydra/sweeper: only gaplab's keeps a sweep together; leave hydra/sweeper out")
     claim = next((word for word in overrides() if word.startswith("claim=") and word != "claim=null"), None)
     if claim or config.sweep.resume or config.sweep.dry_run:
         raise UserError(f"{claim or 'sweep.resume and sweep.dry_run'}: said of a sweep; add -m")

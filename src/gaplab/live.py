@@ -140,22 +140,22 @@ def print_jobs(console: Console, jobs: list[tuple[str, str, bool]]) -> None:
 
 def print_outcome(
     console: Console,
-    folder: Path,
     names: list[str],
     labels: list[str],
     results: list[dict[str, Any]],
     failed: list[bool],
+    resume: str,
     problem: str | None,
 ) -> None:
     """A row for each condition, then what failed and what to type next.
 
     Args:
         console: where to.
-        folder: of the sweep.
         names: of the jobs' folders.
         labels: of each job's condition.
         results: `result.json` of each job, empty where there is none.
         failed: whether each job did not end as it should.
+        resume: what to type to go on.
         problem: what became of the launcher, if it gave up.
     """
     table = Table(title=f"{len(results)} jobs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -182,7 +182,7 @@ def print_outcome(
     if problem:
         console.print(problem, markup=False, soft_wrap=True)
     if bad:
-        console.print(f"go on     python src/train.py -m sweep.resume={folder.name}", markup=False, soft_wrap=True)
+        console.print(f"go on     python src/train.py -m {resume}", markup=False, soft_wrap=True)
     console.print("next      python src/report.py    (intervals, tests and verdicts)", soft_wrap=True)
 
 

@@ -69,8 +69,10 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    resume = next((word.partition("=")[2] for word in typed if word.startswith("sweep.resume=")), None)
-    if resume and all(word.startswith(("sweep.", "paths.")) for word in typed):
+    if any(word.lstrip("+").startswith("hydra.sweep.") for word in hydra_config.hydra.overrides.hydra):
+        raise UserError("hydra.sweep: gaplab names the folders of a sweep itself, in paths.outputs")
+    resume = hydra_config.sweep.resume
+    if resume and all(word.lstrip("+").startswith(("sweep.", "paths.", "allowed_targets=")) for word in typed):
         outputs = Path(hydra_config.paths.outputs)
         folder = find_sweep(outputs, resume)
         jobs = saved_jobs(folder)
@@ -87,7 +89,7 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
     finished = [job for job in jobs if is_finished(job.folder, job.config)]
     waiting = [job for job in jobs if job not in finished]
     parallel = _set_parallel(hydra_config, settings)
-    if any(word.startswith("sweep.dry_run=") and word.partition("=")[2].lower() == "true" for word in typed):
+    if hydra_config.sweep.dry_run:
         print_jobs(console, [(job.folder.name, configs.run_name(job.config), job in finished) for job in jobs])
         console.print(_estimate([job.config for job in waiting], parallel), soft_wrap=True)
         return
@@ -187,8 +189,12 @@ def _compose_one(
         configs.check(config)
         return config
     cfg = context.config_loader.load_sweep_config(hydra_config, overrides)
+    params = cfg.hydra.sweeper.params
     with flag_override(cfg, ["struct", "readonly"], [False, False]):
         del cfg["hydra"]
+    if params != hydra_config.hydra.sweeper.params:
+        said = " ".join(word for word in overrides if word.startswith(("claim=", "experiment=")))
+        raise UserError(f"{said}: has a sweep of its own, so it cannot be one choice among several")
     config = configs.from_hydra(cfg, typed)
     if not re.search(r"\$\{[^}]*\bseed\b", OmegaConf.to_yaml(cfg)):
         known[others] = config
@@ -230,13 +236,18 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
     try:
         for job in jobs:
             job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "config.yaml").write_text(configs.to_yaml(job.config), encoding="utf-8")
+            if not (job.folder / "config.yaml").is_file():
+                _write(job.folder / "config.yaml", configs.to_yaml(job.config))
     except OSError as error:
         raise UserError(f"paths.outputs: {folder} cannot be written ({error.strerror})") from None
+    said = [configs.masked(word) for word in typed]
+    path = folder / "sweep.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"overrides": said, "resumed": []}
     description = {
         "name": folder.name,
         "claim": jobs[0].config.sweep.claim,
-        "overrides": [configs.masked(word) for word in typed],
+        "overrides": before["overrides"],
+        "resumed": before["resumed"] + [said] * path.is_file(),
         "jobs": [
             {
                 "folder": job.folder.name,
@@ -248,9 +259,14 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
             for job in jobs
         ],
     }
-    partial = folder / ".sweep.json"
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    os.replace(partial, folder / "sweep.json")
+    _write(path, json.dumps(description, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 @contextmanager
@@ -327,7 +343,9 @@ def _run(
             tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, 0)
             tracker.finish(status)
             labels = conditions(jobs)
-            print_outcome(console, folder, [job.folder.name for job in jobs], labels, results, lost, problem)
+            launcher = hydra_config.hydra.runtime.choices["hydra/launcher"]
+            resume = f"sweep.resume={folder.name}" + (f" hydra/launcher={launcher}" if launcher != "basic" else "")
+            print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
 
@@ -364,7 +382,7 @@ def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -
         if returned.status is not JobStatus.COMPLETED and not read_result(job.folder):
             cause = returned._return_value  # ended before there was a run to record it
             result = {"status": "FAILED", "error": f"{type(cause).__name__}: {cause}"}
-            (job.folder / "result.json").write_text(json.dumps(result) + "\n")
+            _write(job.folder / "result.json", json.dumps(result) + "\n")
     return None
 
 

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import composed
 
 from gaplab import config as configs
 from gaplab.tracking.journal import Tracker, journal_of, read_journal
-from gaplab.tracking.mlflow import Journal
+from gaplab.tracking.mlflow import Journal, _follow
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +216,70 @@ def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path):
     assert [(one.step, one.value) for one in client.get_metric_history(run_id, "gap/acc")] == [(1, 0.1), (2, 0.2)]
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run_id, "report")] == ["report/report.html"]
+
+
+class Recorder:
+    """Stands for `Sender`: notes what it is given, refuses metrics while `down`."""
+
+    calls: ClassVar[list[tuple[str, str]]] = []
+    down = False
+
+    def __init__(self, store) -> None:
+        pass
+
+    def adopt(self, parent: str) -> None:
+        pass
+
+    def send(self, journal: Journal, event) -> None:
+        if self.down and event["event"] == "metrics":
+            raise ConnectionError("server is gone")
+        journal.run_id = journal.run_id or journal.folder.name
+        self.calls.append((journal.folder.name, event.get("status") or event["event"]))
+
+
+def write(folder: Path, *events: str) -> None:
+    folder.mkdir(exist_ok=True)
+    with journal_of(folder).open("a") as file:
+        for word in events:
+            event = {"event": word, "time": 0, "step": 1, "values": {"gap/acc": 0.1}, "path": str(folder / "job")}
+            file.write(json.dumps(event | ({"status": "FINISHED"} if word == "finish" else {})) + "\n")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr("gaplab.tracking.mlflow.Sender", Recorder)
+    monkeypatch.setattr(Recorder, "calls", [])
+    monkeypatch.setattr(Recorder, "down", False)
+    return Recorder
+
+
+def test_a_report_that_dies_leaves_the_sweeps_status_as_it_was(tmp_path: Path, recorder):
+    sweep = tmp_path / "sweep"
+    write(sweep, "run", "child", "finish", "reopen", "artifact")
+    write(sweep / "job", "run", "metrics", "finish")
+    nobody = 2**22 + 1
+    assert list(_follow(sweep, nobody)) == []
+    assert [status for name, status in recorder.calls if name == "sweep"][-1] == "close"
+    assert ("sweep", "FAILED") not in recorder.calls
+    assert recorder.calls.count(("job", "metrics")) == 1
+
+
+def test_what_a_server_refused_is_sent_by_the_next_sender(tmp_path: Path, recorder):
+    sweep = tmp_path / "sweep"
+    write(sweep, "run", "child", "finish")
+    write(sweep / "job", "run", "metrics", "finish")
+    recorder.down = True
+    assert [str(error) for error in _follow(sweep, os.getppid())] == ["server is gone"]
+    assert ("job", "metrics") not in recorder.calls
+    recorder.down = False
+    write(sweep, "reopen", "close")
+    assert list(_follow(sweep, os.getppid())) == []
+    assert recorder.calls.count(("job", "metrics")) == 1
+
+
+def test_a_sweep_whose_writer_died_is_failed_with_its_open_jobs(tmp_path: Path, recorder):
+    sweep = tmp_path / "sweep"
+    write(sweep, "run", "child")
+    write(sweep / "job", "run", "metrics")
+    assert list(_follow(sweep, 2**22 + 1)) == []
+    assert recorder.calls[-2:] == [("job", "FAILED"), ("sweep", "FAILED")]

@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from gaplab import stats
 from gaplab.analysis.compare import Condition, Section
@@ -44,28 +45,40 @@ def judge(claim: str, section: Section, margin: float) -> Verdict:
     except CannotSayError as error:
         found = Verdict("", "", "inconclusive", str(error))
     found.claim, found.question = claim, question
+    if found.verdict != "inconclusive":
+        found.seeds_needed = None
     return found
 
 
 def overfitting(section: Section, margin: float) -> Verdict:
-    """Each toggle alone against the reference, in one Holm family per metric with every other condition."""
-    reference = section.conditions[0]
-    singles = [
-        one
-        for one in section.conditions[1:]
-        if sum(a != b for a, b in zip(one.levels, reference.levels, strict=True)) == 1
-    ]
-    bn_factor = _factor(section, "model.bn")
-    evidence, decided = [f"reference {reference.label}: gap {_pp(_mean(reference, 'gap/acc'), sign=False)}"], None
-    for one in singles:
-        gap, valid = (_against(section, metric, one) for metric in ("gap/acc", "valid/acc"))
-        if gap is None or valid is None:
+    """Each toggle alone against the plain network, in one Holm family per metric with every other condition.
+
+    The plain network is the condition without BatchNorm and with the least dropout, first where others vary too.
+    """
+    plain = min(_arms(section)["false"], key=lambda one: _number(one, "model.dropout", 0.0))
+    labels = {one.levels: one.label for one in section.conditions}
+    families = {}
+    for metric in ("gap/acc", "valid/acc"):
+        table = section.table(metric)
+        if plain.levels not in table:
+            raise CannotSayError(f"no run of {plain.label} finished")
+        differences = stats.against(plain.levels, table, lambda levels: labels[levels])
+        contrasts = stats.compare({name: list(values.values()) for name, values in differences.items()}, margin)
+        families[metric] = {one.name: one for one in contrasts}
+    evidence, decided = [f"plain network, {plain.label}: gap {_pp(_mean(plain, 'gap/acc'), sign=False)}"], None
+    for one in section.conditions:
+        changed = _differing(one, plain)
+        if (
+            one.label not in families["gap/acc"]
+            or sum(a != b for a, b in zip(one.levels, plain.levels, strict=True)) != 1
+        ):
             continue
-        evidence.append(f"{_changed(section, one)}: gap {_said(gap)}; valid accuracy {_said(valid)}")
-        if one.levels[bn_factor] != reference.levels[bn_factor]:
+        gap, valid = families["gap/acc"][one.label], families["valid/acc"][one.label]
+        evidence.append(f"{_changed(section, one, plain)}: gap {_said(gap)}; valid accuracy {_said(valid)}")
+        if changed == {"model.bn"}:
             decided = gap, valid
     if decided is None:
-        raise CannotSayError("needs runs that differ from the reference in model.bn alone")
+        raise CannotSayError("needs runs that differ from the plain network in model.bn alone")
     gap, valid = decided
     verdict = _one_sided(gap, -1)
     price = ""
@@ -81,61 +94,75 @@ def overfitting(section: Section, margin: float) -> Verdict:
 
 
 def higher_lr(section: Section, margin: float) -> Verdict:
-    """The largest stable rate with BatchNorm over that without, and the epochs to the plain network's best accuracy."""
+    """The largest stable rate with BatchNorm over that without, and the epochs to the plain network's best accuracy.
+
+    Rates closer than half a step of the grid count as equal. Where both are stable at the largest rate tried, their
+    ratio is not known. Where BatchNorm never gets to the accuracy, one epoch more than trained stands for its time.
+    """
     arms = _arms(section)
-    lr = _factor(section, "optimizer.lr")
-    rates, epochs, unreached, top = [], [], 0, 0
+    _only(section, {"model.bn", "optimizer.lr"})
+    grid = sorted({_number(one, "optimizer.lr") for one in section.conditions})
+    if len(grid) < 2:
+        raise CannotSayError("needs runs that differ in optimizer.lr")
+    rates, epochs, missed, open_end, top = [], [], 0, 0, 0
     seeds = _common_seeds(section)
-    highest = max(float(one.levels[lr]) for one in section.conditions)
     for seed in seeds:
-        by_rate = {bn: {float(one.levels[lr]): _run(one, seed) for one in arms[bn]} for bn in arms}
+        by_rate = {bn: {_number(one, "optimizer.lr"): _run(one, seed) for one in arms[bn]} for bn in arms}
         stable = {bn: _largest_stable(runs) for bn, runs in by_rate.items()}
         if stable["true"] is None or stable["false"] is None:
             continue
+        open_end += stable["true"] == stable["false"] == grid[-1]
+        top += stable["true"] == grid[-1]
         rates.append(math.log(stable["true"] / stable["false"]))
-        top += stable["true"] == highest
         target = max(max(_curve(run).values(), default=0.0) for run in by_rate["false"].values())
-        reached = {bn: [_first(run, target) for run in runs.values()] for bn, runs in by_rate.items()}
-        first = {bn: min((one for one in found if one is not None), default=None) for bn, found in reached.items()}
-        if first["true"] is None or first["false"] is None:
-            unreached += 1
-        else:
-            epochs.append(math.log(first["true"] / first["false"]))
+        first = {bn: [one for run in runs.values() if (one := _first(run, target))] for bn, runs in by_rate.items()}
+        missed += not first["true"]
+        last = max(max(_curve(run), default=0) for run in by_rate["true"].values())
+        epochs.append(math.log(min(first["true"], default=last + 1) / min(first["false"])))
     if not rates:
         raise CannotSayError("no seed has a stable rate both with and without BatchNorm")
-    contrasts = {one.name: one for one in stats.compare({"rate": rates, "epochs": epochs}, RATIO_MARGIN)}
-    allows, faster = _one_sided(contrasts["rate"], 1), _one_sided(contrasts["epochs"], -1)
-    if unreached:
-        faster = "contradicted" if unreached == len(seeds) >= stats.MIN_SEEDS else "inconclusive"
+    step = min(math.log(high / low) for low, high in pairwise(grid))
+    (rate,) = stats.compare({"rate": rates}, step / 2)
+    (epoch,) = stats.compare({"epochs": epochs}, RATIO_MARGIN)
+    allows = "inconclusive" if open_end else _one_sided(rate, 1)
+    faster = _one_sided(epoch, -1)
     evidence = [
-        f"largest stable learning rate, with BatchNorm over without: {_ratio(contrasts['rate'])}"
-        + (
-            f"; the largest rate tried ({highest:g}) was still stable with it in {top} of {len(seeds)} seeds"
-            * bool(top)
-        ),
-        f"epochs to the plain network's best valid accuracy, with over without: {_ratio(contrasts['epochs'])}"
-        + (f"; not reached with BatchNorm in {unreached} of {len(seeds)} seeds" * bool(unreached)),
-        *_matched_rates(section, arms, lr, margin),
-        f"stable: all finite, and valid accuracy within {_pp(STABLE_WITHIN, sign=False)} of the best rate's",
+        f"largest stable learning rate, with BatchNorm over without: {_ratio(rate)}",
+        f"epochs to the plain network's best valid accuracy, with over without: {_ratio(epoch)}",
+        *_matched_rates(section, arms, margin),
+        f"stable: finite, and valid accuracy within {_pp(STABLE_WITHIN, sign=False)} of the best rate's",
     ]
+    if top:
+        evidence[0] += (
+            f"; the largest rate tried ({grid[-1]:g}) was still stable with it in {top} of {len(seeds)} seeds"
+        )
+    if open_end:
+        evidence[0] += f", and without it in {open_end}: larger rates would tell"
+    if missed:
+        evidence[1] += f"; not reached with BatchNorm in {missed} of {len(seeds)} seeds"
     both = {allows, faster}
     verdict = "supported" if both == {"supported"} else "contradicted" if "contradicted" in both else "inconclusive"
     summary = f"larger stable rates: {allows}; fewer epochs to the plain network's best accuracy: {faster}"
-    return Verdict("", "", verdict, summary, evidence, _most_seeds(contrasts.values()))
+    return Verdict("", "", verdict, summary, evidence, _most_seeds([rate, epoch]))
 
 
 def init_robustness(section: Section, margin: float) -> Verdict:
     """The spread of valid accuracy over initializers, with BatchNorm over without; a diverged run counts as chance."""
     arms = _arms(section)
+    _only(section, {"model.bn", "model.init", "model.init_std", "model.init_gain"})
     spreads: dict[str, list[float]] = {"true": [], "false": []}
     for seed in _common_seeds(section):
         found = {bn: [_accuracy(_run(one, seed)) for one in arms[bn]] for bn in arms}
         if all(len(values) > 1 and None not in values for values in found.values()):
             for bn, values in found.items():
                 spreads[bn].append(statistics.stdev(value for value in values if value is not None))
-    pairs = [pair for pair in zip(spreads["true"], spreads["false"], strict=True) if min(pair) > 0]
-    if len(pairs) < 2:
+    if len(spreads["true"]) < 2:
         raise CannotSayError("needs two initializers and two seeds, each with model.bn=false and true")
+    pairs = [pair for pair in zip(spreads["true"], spreads["false"], strict=True) if min(pair) > 0]
+    if len(pairs) < len(spreads["true"]):
+        raise CannotSayError(
+            "with some seeds all initializers end at the same accuracy (or all diverge): no ratio of spreads"
+        )
     (contrast,) = stats.compare({"spread": [math.log(a / b) for a, b in pairs]}, RATIO_MARGIN)
     ratio, low, high = stats.bootstrap_ratio([a for a, _ in pairs], [b for _, b in pairs])
     verdict = _one_sided(contrast, -1)
@@ -146,8 +173,8 @@ def init_robustness(section: Section, margin: float) -> Verdict:
         f"ratio, paired by seed: {_ratio(contrast)}",
         f"ratio of the means {ratio:.2f}, bootstrap interval [{low:.2f}, {high:.2f}]",
         *(
-            f"{_but(section, one, 'model.bn')}: {' against '.join(_shown(other) for other in both)} (with, without)"
-            for one, both in _by_bn(section, arms)
+            f"{_but_bn(section, one)}: {_shown(one)} against {_shown(other)} (with, without)"
+            for one, other in _pairs(arms)
         ),
     ]
     words = {"supported": "less", "contradicted": "no less", "inconclusive": "perhaps not less"}
@@ -156,55 +183,64 @@ def init_robustness(section: Section, margin: float) -> Verdict:
 
 
 def dropout_redundant(section: Section, margin: float) -> Verdict:
-    """Whether dropout gains nothing in valid accuracy beside BatchNorm, though it does without."""
+    """Whether dropout gains nothing in valid accuracy beside BatchNorm, though it does without, and the two differ."""
     arms = _arms(section)
-    dropout = _factor(section, "model.dropout")
-    families: dict[str, list[stats.Contrast]] = {}
-    evidence = []
-    for bn in ("true", "false"):
-        base = next((one for one in arms[bn] if float(one.levels[dropout]) == 0), None)
-        if base is None:
-            raise CannotSayError("needs runs with model.dropout=0")
-        differences = {one.levels[dropout]: _paired(one, base, "valid/acc") for one in arms[bn] if one is not base}
-        families[bn] = stats.compare(differences, margin)
-        where = "with" if bn == "true" else "without"
-        evidence += [
-            f"{where} BatchNorm, dropout {one.name} against none: valid accuracy {_said(one)}" for one in families[bn]
+    _only(section, {"model.bn", "model.dropout"})
+    level = {bn: {_number(one, "model.dropout"): one for one in arms[bn]} for bn in arms}
+    if not all(0.0 in found and len(found) > 1 for found in level.values()):
+        raise CannotSayError("needs runs with model.dropout=0 and another, each with model.bn=false and true")
+    gains = {
+        bn: {f"{dropout:g}": _paired(one, found[0.0], "valid/acc") for dropout, one in found.items() if dropout}
+        for bn, found in level.items()
+    }
+    beside, alone = (
+        {one.name: one for one in stats.compare({d: list(g.values()) for d, g in gains[bn].items()}, margin)}
+        for bn in ("true", "false")
+    )
+    shared = {
+        d: [
+            gains["true"][d][seed] - gains["false"][d][seed]
+            for seed in gains["true"][d].keys() & gains["false"][d].keys()
         ]
-    interactions = section.contrasts.get("valid/acc", {}).get("effects", [])
-    evidence += [f"interaction {one.name}: valid accuracy {_said(one)}" for one in interactions if "×" in one.name]
-    beside, alone = ([_gain(one) for one in families[bn]] for bn in ("true", "false"))
-    needed = _most_seeds(families["true"])
-    if "better" in beside:
+        for d in gains["true"].keys() & gains["false"].keys()
+    }
+    interactions = {one.name: one for one in stats.compare(dict(sorted(shared.items())), margin)}
+    evidence = [
+        f"{where} BatchNorm, dropout {one.name} against none: valid accuracy {_said(one)}"
+        for where, family in (("with", beside), ("without", alone))
+        for one in family.values()
+    ]
+    evidence += [f"interaction at dropout {one.name}: valid accuracy {_said(one)}" for one in interactions.values()]
+    if any(_gain(one) == "better" for one in beside.values()):
         return Verdict("", "", "contradicted", "beside BatchNorm dropout still raises valid accuracy", evidence)
-    if not beside or "undecided" in beside:
-        return Verdict(
-            "", "", "inconclusive", "whether dropout gains anything beside BatchNorm is not decided", evidence, needed
-        )
-    if "better" in alone:
+    if any(_gain(one) == "undecided" for one in beside.values()):
+        summary = "whether dropout gains anything beside BatchNorm is not decided"
+        return Verdict("", "", "inconclusive", summary, evidence, _most_seeds(beside.values()))
+    useful = [name for name, one in alone.items() if _gain(one) == "better" and name in interactions]
+    if any(_one_sided(interactions[name], -1) == "supported" for name in useful):
         summary = "dropout raises valid accuracy without BatchNorm, and gains nothing beside it"
         return Verdict("", "", "supported", summary, evidence)
-    summary = (
-        "beside BatchNorm dropout gains nothing, but it gains nothing without BatchNorm either: no work of BatchNorm's"
-    )
-    return Verdict("", "", "inconclusive", summary, evidence, _most_seeds(families["false"]))
+    if useful:
+        summary = "dropout gains nothing beside BatchNorm and something without, but the difference is not decided"
+        return Verdict("", "", "inconclusive", summary, evidence, _most_seeds(interactions.values()))
+    summary = "dropout gains nothing beside BatchNorm, but without it neither: this task cannot tell"
+    return Verdict("", "", "inconclusive", summary, evidence, _most_seeds(alone.values()))
 
 
 def activations(section: Section, margin: float) -> Verdict:
-    """How far the 15th and 85th percentiles of the activation functions' inputs go, and how much they move."""
+    """How far the 15th and 85th percentiles of the activation functions' inputs go, and how much they move.
+
+    Two runs are compared over the looks that both have; a pair with fewer than 3 is left out.
+    """
     arms = _arms(section)
+    pairs = list(_pairs(arms))
     height: list[float] = []
     drift: list[float] = []
     for seed in _common_seeds(section):
-        heights, drifts = [], []
-        for with_bn, without in _pairs(section, arms):
-            looks = [_percentiles(_run(one, seed)) for one in (with_bn, without)]
-            if all(looks):
-                heights.append(math.log(_height(looks[0]) / _height(looks[1])))
-                drifts.append(math.log(_drift(looks[0]) / _drift(looks[1])))
-        if heights:
-            height.append(statistics.mean(heights))
-            drift.append(statistics.mean(drifts))
+        looks = [found for one, other in pairs if (found := _looks(_run(one, seed), _run(other, seed)))]
+        if looks:
+            height.append(statistics.mean(math.log(_height(one) / _height(other)) for one, other in looks))
+            drift.append(statistics.mean(math.log(_drift(one) / _drift(other)) for one, other in looks))
     if not height:
         raise CannotSayError("needs pairs of runs with trainer.log_activations_every, with model.bn=false and true")
     high, moved = stats.compare({"height": height, "drift": drift}, RATIO_MARGIN)
@@ -212,17 +248,21 @@ def activations(section: Section, margin: float) -> Verdict:
     evidence = [
         f"largest absolute percentile (15th, 85th) of any layer, with BatchNorm over without: {_ratio(high)}",
         f"movement of the percentiles (sd over training, mean over layers), with over without: {_ratio(moved)}",
-        *(
-            f"{_but(section, with_bn, 'model.bn')}: largest percentile {_typical(with_bn, _height):.2f} with, "
-            f"{_typical(without, _height):.2f} without; movement {_typical(with_bn, _drift):.3f} and "
-            f"{_typical(without, _drift):.3f}"
-            for with_bn, without in _pairs(section, arms)
-        ),
     ]
-    summary = f"inputs of the activation functions stay lower: {verdicts[0]}; steadier: {verdicts[1]}"
-    verdict = verdicts[0] if verdicts[0] == verdicts[1] else "inconclusive"
-    if "contradicted" in verdicts:
-        verdict = "contradicted"
+    for one, other in pairs:
+        both = [found for seed in _common_seeds(section) if (found := _looks(_run(one, seed), _run(other, seed)))]
+        if both:
+            values = [
+                statistics.mean(measure(run[arm]) for run in both) for measure in (_height, _drift) for arm in (0, 1)
+            ]
+            evidence.append(
+                f"{_but_bn(section, one)}: largest percentile {values[0]:.2f} with, {values[1]:.2f} without; "
+                f"movement {values[2]:.3f} and {values[3]:.3f} ({len(both)} seeds)"
+            )
+    verdict = "contradicted" if "contradicted" in verdicts else "inconclusive"
+    if set(verdicts) == {"supported"}:
+        verdict = "supported"
+    summary = f"inputs of the activation functions stay nearer to 0: {verdicts[0]}; steadier: {verdicts[1]}"
     return Verdict("", "", verdict, summary, evidence, _most_seeds([high, moved]))
 
 
@@ -262,36 +302,52 @@ def _gain(contrast: stats.Contrast) -> str:
     return "better" if contrast.verdict == "real" and contrast.difference > 0 else "no better"
 
 
-def _factor(section: Section, key: str) -> int:
-    for index, keys in enumerate(section.keys.values()):
-        if key in keys:
-            return index
-    raise CannotSayError(f"needs runs that differ in {key}")
+def _setting(condition: Condition, key: str) -> str | None:
+    return condition.runs[0].settings.get(key)
+
+
+def _number(condition: Condition, key: str, otherwise: float | None = None) -> float:
+    value = _setting(condition, key)
+    if value is None and otherwise is not None:
+        return otherwise
+    try:
+        return float(value or "")
+    except ValueError:
+        raise CannotSayError(f"{key}={value} is not a number") from None
+
+
+def _differing(one: Condition, other: Condition) -> set[str]:
+    """The keys in which two conditions differ."""
+    first, second = one.runs[0].settings, other.runs[0].settings
+    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+
+
+def _only(section: Section, keys: set[str]) -> None:
+    """A rule over a grid says nothing where more than the grid was varied."""
+    more = {key for one in section.conditions[1:] for key in _differing(one, section.conditions[0])} - keys
+    if more:
+        raise CannotSayError(
+            f"the runs differ in {', '.join(sorted(more))} too; the rule needs runs that differ in "
+            f"{' and '.join(sorted(keys))} alone"
+        )
 
 
 def _arms(section: Section) -> dict[str, list[Condition]]:
     """The conditions with and without BatchNorm."""
-    bn = _factor(section, "model.bn")
-    arms = {level: [one for one in section.conditions if one.levels[bn] == level] for level in ("true", "false")}
+    arms = {
+        level: [one for one in section.conditions if _setting(one, "model.bn") == level] for level in ("true", "false")
+    }
     if not all(arms.values()):
         raise CannotSayError("needs runs with model.bn=false and true")
     return arms
 
 
-def _pairs(section: Section, arms: dict[str, list[Condition]]) -> Iterator[tuple[Condition, Condition]]:
+def _pairs(arms: dict[str, list[Condition]]) -> Iterator[tuple[Condition, Condition]]:
     """Conditions with and without BatchNorm that differ in nothing else."""
-    bn = _factor(section, "model.bn")
-    without = {one.levels[:bn] + one.levels[bn + 1 :]: one for one in arms["false"]}
     for one in arms["true"]:
-        if (other := without.get(one.levels[:bn] + one.levels[bn + 1 :])) is not None:
-            yield one, other
-
-
-def _by_bn(
-    section: Section, arms: dict[str, list[Condition]]
-) -> Iterator[tuple[Condition, tuple[Condition, Condition]]]:
-    for pair in _pairs(section, arms):
-        yield pair[0], pair
+        for other in arms["false"]:
+            if _differing(one, other) == {"model.bn"}:
+                yield one, other
 
 
 def _common_seeds(section: Section) -> list[int]:
@@ -324,45 +380,49 @@ def _largest_stable(runs: dict[float, Run]) -> float | None:
     return max((lr for lr, value in final.items() if value >= best - STABLE_WITHIN), default=None)
 
 
-def _matched_rates(section: Section, arms: dict[str, list[Condition]], lr: int, margin: float) -> list[str]:
+def _matched_rates(section: Section, arms: dict[str, list[Condition]], margin: float) -> list[str]:
     """The difference at the two lowest rates."""
-    lowest = sorted({one.levels[lr] for one in section.conditions}, key=float)[:2]
-    pairs = [(one, other) for one, other in _pairs(section, arms) if one.levels[lr] in lowest]
-    found = stats.compare({one.levels[lr]: _paired(one, other, "valid/acc") for one, other in pairs}, margin)
+    pairs = sorted(_pairs(arms), key=lambda pair: _number(pair[0], "optimizer.lr"))[:2]
+    differences = {
+        f"{_number(one, 'optimizer.lr'):g}": list(_paired(one, other, "valid/acc").values()) for one, other in pairs
+    }
+    found = stats.compare(differences, margin)
     return [f"at the rate {one.name}, with BatchNorm minus without: valid accuracy {_said(one)}" for one in found]
 
 
-def _paired(one: Condition, other: Condition, metric: str) -> list[float]:
+def _paired(one: Condition, other: Condition, metric: str) -> dict[int, float]:
     first, second = one.values.get(metric, {}), other.values.get(metric, {})
-    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
 
 
-def _percentiles(run: Run) -> list[list[float]]:
-    """The 15th, 50th and 85th percentile of each layer: a list over training for each."""
-    names = [name for name in run.history if name.startswith("act/") and name.endswith(("/p15", "/p50", "/p85"))]
-    return [list(run.history[name].values()) for name in sorted(names) if not name.startswith("act/unit/")]
+Looks = list[list[float]]  # the 15th, 50th and 85th percentile of each layer: a list over training for each
 
 
-def _height(looks: list[list[float]]) -> float:
+def _looks(one: Run, other: Run) -> tuple[Looks, Looks] | None:
+    """Both runs' percentiles at the steps that both have."""
+    names = sorted(
+        name
+        for name in one.history.keys() & other.history.keys()
+        if name.startswith("act/") and not name.startswith("act/unit/") and name.endswith(("/p15", "/p50", "/p85"))
+    )
+    if not names:
+        return None
+    steps = sorted(set.intersection(*(set(run.history[name]) for run in (one, other) for name in names)))
+    if len(steps) < 3:
+        return None
+    first, second = ([[run.history[name][step] for step in steps] for name in names] for run in (one, other))
+    return first, second
+
+
+def _height(looks: Looks) -> float:
     return max(abs(value) for values in looks for value in values)
 
 
-def _drift(looks: list[list[float]]) -> float:
+def _drift(looks: Looks) -> float:
     return max(statistics.mean(statistics.pstdev(values) for values in looks), 1e-12)
 
 
-def _typical(condition: Condition, measure: Callable[[list[list[float]]], float]) -> float:
-    found = [measure(looks) for run in condition.runs if (looks := _percentiles(run))]
-    return statistics.mean(found) if found else math.nan
-
-
-def _against(section: Section, metric: str, condition: Condition) -> stats.Contrast | None:
-    families = section.contrasts.get(metric, {})
-    return next((one for one in families.get("against", []) if one.name == condition.label), None)
-
-
-def _changed(section: Section, condition: Condition) -> str:
-    reference = section.conditions[0]
+def _changed(section: Section, condition: Condition, reference: Condition) -> str:
     return " ".join(
         f"{name}={level}"
         for name, level, before in zip(section.factors, condition.levels, reference.levels, strict=True)
@@ -370,10 +430,11 @@ def _changed(section: Section, condition: Condition) -> str:
     )
 
 
-def _but(section: Section, condition: Condition, key: str) -> str:
-    """The levels of a condition without the factor of `key`."""
-    skipped = _factor(section, key)
-    return " ".join(level for index, level in enumerate(condition.levels) if index != skipped)
+def _but_bn(section: Section, condition: Condition) -> str:
+    """The levels of a condition without BatchNorm's."""
+    return " ".join(
+        level for level, keys in zip(condition.levels, section.keys.values(), strict=True) if "model.bn" not in keys
+    )
 
 
 def _shown(condition: Condition) -> str:

@@ -68,8 +68,15 @@ class Section:
 def sections(runs: Sequence[Run], metrics: Sequence[str], margin: float) -> list[Section]:
     """One section for each data set and split, compared in each of `metrics`; `margin` as in `stats.compare`."""
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.settings.get(key, "") for key in SPLIT_KEYS), []).append(run)
+    digests: dict[tuple[str, ...], str] = {}
+    for run in sorted(runs, key=lambda run: not run.digest):  # a run that never read its data goes with the others
+        where = tuple(run.settings.get(key, "") for key in SPLIT_KEYS)
+        digest = run.digest or digests.get(where, "")
+        digests.setdefault(where, digest)
+        groups.setdefault((*where, digest), []).append(run)
+    order = {id(run): index for index, run in enumerate(runs)}
+    for group in groups.values():
+        group.sort(key=lambda run: order[id(run)])
     return [_section(group, metrics, margin) for group in groups.values()]
 
 
@@ -153,7 +160,8 @@ def _listed(seeds: Iterable[int]) -> str:
 
 
 def find_factors(settings: Sequence[dict[str, str]]) -> list[list[str]]:
-    """The config keys that vary, as factors: keys that were not crossed with each other make one factor together."""
+    """The config keys that vary, as factors. Keys of which one follows from the other, or of whose combinations at most
+    half are there, make one factor together; single combinations may be missing."""
     keys = [
         key
         for key in dict.fromkeys(key for one in settings for key in one)
@@ -162,8 +170,9 @@ def find_factors(settings: Sequence[dict[str, str]]) -> list[list[str]]:
     group = {key: [key] for key in keys}
     for first, second in combinations(keys, 2):
         pairs = {(one.get(first), one.get(second)) for one in settings}
-        crossed = len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
-        if len(pairs) < crossed and group[first] is not group[second]:
+        levels = [len({pair[side] for pair in pairs}) for side in (0, 1)]
+        tied = len(pairs) == max(levels) or 2 * len(pairs) <= levels[0] * levels[1]
+        if tied and group[first] is not group[second]:
             merged = group[first] + group[second]
             for key in merged:
                 group[key] = merged
@@ -171,30 +180,36 @@ def find_factors(settings: Sequence[dict[str, str]]) -> list[list[str]]:
 
 
 def factor_names(factors: Sequence[list[str]]) -> dict[str, list[str]]:
-    """Short names for people: the last word of a factor's first telling key, or all of it where that is ambiguous."""
+    """Short names for people: the last word of a factor's telling key, its group where that is a class or a name, or
+    all of the key where that is ambiguous."""
     telling = [_telling(keys) for keys in factors]
-    short = [key.rpartition(".")[2] if key.rpartition(".")[2] != "name" else key.partition(".")[0] for key in telling]
+    short = [key.partition(".")[0] if key.rpartition(".")[2] in SILENT else key.rpartition(".")[2] for key in telling]
     return {
         name if short.count(name) == 1 else key: keys for name, key, keys in zip(short, telling, factors, strict=True)
     }
 
 
 def _telling(keys: Sequence[str]) -> str:
-    named = [key for key in keys if key.endswith(".name")]
-    return (named or [key for key in keys if not key.endswith("_target_")] or list(keys))[0]
+    """The key that says most: a name, else a class, else the first."""
+    for end in reversed(SILENT):
+        for key in keys:
+            if key.rpartition(".")[2] == end:
+                return key
+    return keys[0]
 
 
 def level_names(settings: Sequence[dict[str, str]], keys: Sequence[str]) -> list[str]:
     """Each run's level of a factor: the value of its first key; where others differ beside it, those too."""
     first = _telling(keys)
-    rest = [key for key in keys if key != first and not key.endswith("_target_")]
+    rest = [key for key in keys if key != first and key.rpartition(".")[2] not in SILENT]
     beside: dict[str, set[tuple[str, ...]]] = {}
     for one in settings:
         beside.setdefault(one.get(first, ""), set()).add(tuple(one.get(key, "") for key in rest))
 
     def name(one: dict[str, str]) -> str:
         value = one.get(first, "")
+        shown = value.rpartition(".")[2] if first.endswith("_target_") else value
         varied = [index for index in range(len(rest)) if len({others[index] for others in beside[value]}) > 1]
-        return " ".join([value, *(f"{rest[i].rpartition('.')[2]}={one.get(rest[i], '')}" for i in varied)])
+        return " ".join([shown, *(f"{rest[i].rpartition('.')[2]}={one.get(rest[i], '')}" for i in varied)])
 
     return [name(one) for one in settings]

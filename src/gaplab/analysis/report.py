@@ -4,7 +4,8 @@ import csv
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -48,14 +49,12 @@ def report(settings: configs.Report) -> Path:
         found.notes.append(f"{len(parts)} data sets or splits ({names}): conditions are compared within each")
     verdicts = _verdicts(found.runs, parts, settings)
     folder = _folder(found, settings, outputs)
-    tracker = _open_parent(found)  # its process imports MLflow while the figures are drawn
-    _print(console, found, parts, verdicts, metrics)
-    content = _content(found, parts, verdicts, metrics, settings)
-    paths = _write(folder, content, found.runs, parts, metrics)
-    if tracker is not None:
-        for path in paths:
-            tracker.artifact(path, "report")
-        tracker.close()
+    with _parent(found) as tracker:  # its process imports MLflow while the figures are drawn
+        _print(console, found, parts, verdicts, metrics)
+        content = _content(found, parts, verdicts, metrics, settings)
+        for path in _write(folder, content, found.runs, parts, metrics):
+            if tracker is not None:
+                tracker.artifact(path, "report")
     console.print(f"page      {folder / 'report.html'}", markup=False, soft_wrap=True)
     return folder
 
@@ -78,13 +77,18 @@ def _known_metrics(found: Collection, wanted: Sequence[str]) -> list[str]:
 
 
 def _verdicts(runs: list[Run], parts: list[Section], settings: configs.Report) -> list[Verdict]:
-    if settings.claim is not None:
-        return [judge(settings.claim, parts[0], settings.margin)]
-    claims = [claim for claim in dict.fromkeys(run.claim for run in runs) if claim]
+    """One for each claim and data set; of several sweeps at once, each claim is judged on its own runs."""
     found = []
-    for claim in claims:
-        part = sections([run for run in runs if run.claim == claim], METRICS[:2], settings.margin)[0]
-        found.append(judge(claim, part, settings.margin))
+    for claim in (
+        [settings.claim] if settings.claim else [one for one in dict.fromkeys(run.claim for run in runs) if one]
+    ):
+        mine = parts
+        if not settings.claim and any(run.claim != claim for run in runs):
+            mine = sections([run for run in runs if run.claim == claim], [], settings.margin)
+        for part in mine:
+            found.append(judge(claim, part, settings.margin))
+            if len(mine) > 1:
+                found[-1].summary = f"{part.data}: {found[-1].summary}"
     return found
 
 
@@ -99,15 +103,20 @@ def _folder(found: Collection, settings: configs.Report, outputs: Path) -> Path:
     return folder
 
 
-def _open_parent(found: Collection) -> Tracker | None:
-    if found.folder is None:
-        return None
-    try:
-        with running(found.folder):
-            return Tracker.reopen(found.folder)
-    except UserError:
-        found.notes.append("the sweep is still running: this is its state now, and not logged to MLflow")
-        return None
+@contextmanager
+def _parent(found: Collection) -> Iterator[Tracker | None]:
+    """The sweep's run in MLflow, to add to, or None; the sweep cannot be gone on with meanwhile."""
+    with ExitStack() as stack:
+        tracker = None
+        if found.folder is not None:
+            try:
+                stack.enter_context(running(found.folder))
+                tracker = Tracker.reopen(found.folder)
+            except UserError:
+                found.notes.append("the sweep is still running: this is its state now, and not logged to MLflow")
+        if tracker is not None:
+            stack.callback(tracker.close)
+        yield tracker
 
 
 def _content(

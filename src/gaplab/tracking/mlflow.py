@@ -33,14 +33,16 @@ class Journal:
 
     Attributes:
         run_id: None until the run is in MLflow.
-        ended: whether the newest event is the end of the run.
+        ended: whether the newest event is the end of the run, or of what a report added to it.
+        reopened: whether the newest beginning is a report's.
+        refused: whether MLflow did not take some event; from there on all is sent once more another time.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         receipt = read_receipt(folder)
         self.run_id: str | None = receipt.get("run_id")
-        self.ended = False
+        self.ended = self.reopened = self.refused = False
         self.last_step: dict[str, int] = {}
         self._sent = int(receipt.get("sent", 0))
         self._seen = 0
@@ -60,14 +62,16 @@ class Journal:
                 event = json.loads(line)
             except ValueError:  # cut off by a crash
                 continue
-            self.ended = event["event"] in ("finish", "close")
+            if event["event"] in ("run", "reopen"):
+                self.reopened = event["event"] == "reopen"
+            self.ended = event["event"] == ("close" if self.reopened else "finish")
             yield event, self._seen > self._sent
             if event["event"] == "metrics":
                 self.last_step |= dict.fromkeys(event["values"], event["step"])
 
     def save(self) -> None:
         """Remember that all that was read is sent."""
-        if self.run_id is not None and self._seen > self._sent:
+        if self.run_id is not None and self._seen > self._sent and not self.refused:
             self._sent = self._seen
             partial = self.folder / ".mlflow.json"
             partial.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}) + "\n")
@@ -209,7 +213,7 @@ def _follow(folder: Path, writer: int) -> Iterator[Exception]:
                     return
                 if event["event"] == "child":
                     children.setdefault(Path(event["path"]), Journal(Path(event["path"])))
-                elif journal is root and event["event"] in ("finish", "close"):
+                elif journal is root and root.ended:
                     end = event  # after its children's
                 elif new:
                     yield from _try(sender, journal, event)
@@ -221,7 +225,8 @@ def _follow(folder: Path, writer: int) -> Iterator[Exception]:
         if not root.ended:  # it was gone on with after the end that was read
             end = None
         if not alive and end is None:
-            end = {"time": time.time(), "event": "finish", "status": "FAILED"}
+            last = {"event": "close"} if root.reopened else {"event": "finish", "status": "FAILED"}
+            end = {"time": time.time()} | last
         time.sleep(0.1 if end is None else 0)
     assert sender is not None
     for journal in children.values():
@@ -236,6 +241,7 @@ def _try(sender: Sender, journal: Journal, event: dict[str, Any]) -> Iterator[Ex
     try:
         sender.send(journal, event)
     except Exception as error:
+        journal.refused = True
         yield error
 
 
