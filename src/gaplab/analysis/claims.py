@@ -142,7 +142,10 @@ def higher_lr(section: Section, margin: float) -> Verdict:
         evidence[1] += f"; not reached with BatchNorm in {missed} of {len(seeds)} seeds"
     both = {allows, faster}
     verdict = "supported" if both == {"supported"} else "contradicted" if "contradicted" in both else "inconclusive"
-    summary = f"larger stable rates: {allows}; fewer epochs to the plain network's best accuracy: {faster}"
+    summary = (
+        f"{_times(rate)} the largest stable learning rate ({allows}), and {_times(epoch)} the epochs to the plain "
+        f"network's best accuracy ({faster})"
+    )
     return Verdict("", "", verdict, summary, evidence, _most_seeds([rate, epoch]))
 
 
@@ -262,7 +265,10 @@ def activations(section: Section, margin: float) -> Verdict:
     verdict = "contradicted" if "contradicted" in verdicts else "inconclusive"
     if set(verdicts) == {"supported"}:
         verdict = "supported"
-    summary = f"inputs of the activation functions stay nearer to 0: {verdicts[0]}; steadier: {verdicts[1]}"
+    summary = (
+        f"inputs of the activation functions go {_times(high)} as far from 0 ({verdicts[0]}) and move {_times(moved)} "
+        f"as much during training ({verdicts[1]})"
+    )
     return Verdict("", "", verdict, summary, evidence, _most_seeds([high, moved]))
 
 
@@ -462,6 +468,10 @@ def _said(one: stats.Contrast) -> str:
     interval = "" if one.low is None or one.high is None else f" [{100 * one.low:+.2f}, {100 * one.high:+.2f}]"
     needed = f" ({one.seeds_needed} seeds would decide)" if one.seeds_needed else ""
     return f"{_pp(one.difference)}{interval}, {one.verdict}{needed}"
+
+
+def _times(one: stats.Contrast) -> str:
+    return "–" if one.difference is None else f"{math.exp(one.difference):.3g} times"
 
 
 def _ratio(one: stats.Contrast) -> str:
