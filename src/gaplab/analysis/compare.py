@@ -1,5 +1,6 @@
 """From runs to comparisons: what was varied, what the seeds of each condition say, and every contrast between them."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -8,6 +9,7 @@ from gaplab import stats
 from gaplab.analysis.runs import Run
 
 METRICS = ("gap/acc", "valid/acc", "train/acc", "train/acc_running", "test/acc")
+CURVES = ("valid/acc", "train/acc", "act/unit/p15", "act/unit/p50", "act/unit/p85")
 SPLIT_KEYS = ("data.name", "data.valid_size")  # these decide which samples are compared
 SILENT = ("_target_", "name")
 
@@ -35,6 +37,12 @@ class Condition:
     def estimate(self, metric: str) -> stats.Estimate | None:
         values = list(self.values.get(metric, {}).values())
         return stats.estimate(values) if values else None
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """{step: mean over the runs that finished}, at the steps that all of them have."""
+        curves = [run.history[metric] for run in self.runs if run.status == "FINISHED" and metric in run.history]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        return {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
 
 
 @dataclass

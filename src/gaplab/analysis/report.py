@@ -18,7 +18,7 @@ from rich.table import Table
 from gaplab import config as configs
 from gaplab import stats
 from gaplab.analysis.claims import Verdict, judge
-from gaplab.analysis.compare import METRICS, Section, sections
+from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
 from gaplab.sweep import running
@@ -157,6 +157,7 @@ def _section(part: Section) -> dict[str, Any]:
                     metric: None if (estimate := one.estimate(metric)) is None else asdict(estimate)
                     for metric in dict.fromkeys([*METRICS, *part.contrasts])
                 },
+                "curves": {name: one.curve(name) for name in CURVES if one.curve(name)},
             }
             for one in part.conditions
         ],
