@@ -340,7 +340,8 @@ def _run(
             lost = [not is_finished(job.folder, job.config) for job in jobs]
             if status == "FINISHED" and any(lost):
                 status = "FAILED"
-            tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, 0)
+            attempt = sum(event["event"] == "run" for event in read_journal(folder))
+            tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, attempt)
             tracker.finish(status)
             labels = conditions(jobs)
             launcher = hydra_config.hydra.runtime.choices["hydra/launcher"]

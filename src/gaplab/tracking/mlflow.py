@@ -43,7 +43,7 @@ class Journal:
         receipt = read_receipt(folder)
         self.run_id: str | None = receipt.get("run_id")
         self.ended = self.reopened = self.refused = False
-        self.last_step: dict[str, int] = {}
+        self.measured: dict[tuple[str, int], float] = {}
         self._sent = int(receipt.get("sent", 0))
         self._seen = 0
         self._rest = b""
@@ -67,7 +67,7 @@ class Journal:
             self.ended = event["event"] == ("close" if self.reopened else "finish")
             yield event, self._seen > self._sent
             if event["event"] == "metrics":
-                self.last_step |= dict.fromkeys(event["values"], event["step"])
+                self.measured |= {(name, event["step"]): value for name, value in event["values"].items()}
 
     def save(self) -> None:
         """Remember that all that was read is sent."""
@@ -141,11 +141,11 @@ class Sender:
             case "tags":
                 self.client.log_batch(run_id, tags=[RunTag(*item) for item in event["values"].items()])
             case "metrics":
-                when, step, last = _ms(event), event["step"], journal.last_step
+                when, step = _ms(event), event["step"]
                 metrics = [
                     Metric(name, value, when, step)
                     for name, value in event["values"].items()
-                    if step > last.get(name, -1)  # a later attempt measures the same once more
+                    if journal.measured.get((name, step)) != value  # a later attempt measures the same once more
                 ]
                 self.client.log_batch(run_id, metrics=metrics)
             case "dataset":
