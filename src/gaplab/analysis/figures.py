@@ -288,7 +288,9 @@ def activations(section: Section) -> Figure:
     panels["a"].set_ylabel("accuracy, %", size=9)
     panels["b"].set_ylabel("input of one unit of\nthe last hidden layer", size=9)
     if "c" in panels:
-        panels["c"].sharey(panels["b"])
+        low, high = zip(*(panels[letter].get_ylim() for letter in "bc"), strict=True)
+        for letter in "bc":  # one scale, wide enough for both
+            panels[letter].set_ylim(min(low), max(high))
         panels["c"].tick_params(labelleft=False)
     for axes in panels.values():
         axes.grid(color=PALE, lw=0.6)
