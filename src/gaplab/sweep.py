@@ -147,7 +147,7 @@ def is_finished(folder: Path, config: Config) -> bool:
     """Whether the run of just this config is in `folder`, to its end."""
     result = read_result(folder)
     ended = result.get("status") == "FINISHED" or (config.sweep.allow_divergence and result.get("diverged"))
-    return bool(ended) and result["config_hash"] == configs.config_hash(config)
+    return bool(ended) and result.get("config_hash") == configs.config_hash(config)
 
 
 def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str]) -> list[Job]:
