@@ -12,7 +12,7 @@ from conftest import composed
 
 from gaplab import config as configs
 from gaplab.tracking.journal import Tracker, journal_of, read_journal
-from gaplab.tracking.mlflow import Journal, _follow
+from gaplab.tracking.mlflow import Journal, _follow, main
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,24 @@ def test_a_server_that_is_not_there_costs_seconds_and_loses_nothing(tmp_path: Pa
     assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])["status"] == "FINISHED"
 
 
-def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(tmp_path: Path, capfd):
+class SenderInThisProcess:
+    """Sends all at once when it is waited for; a process of its own takes seconds to import MLflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def wait(self, timeout: float) -> int:
+        return main(self._folder, os.getppid())
+
+
+@pytest.fixture
+def sender_in_this_process(monkeypatch):
+    monkeypatch.setattr("gaplab.tracking.journal._start_sender", SenderInThisProcess)
+
+
+def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(
+    tmp_path: Path, capfd, sender_in_this_process
+):
     tracking = composed(f"paths.outputs={tmp_path}").tracking
     tracker = Tracker(tmp_path, tracking, "refused", {})
     tracker.metrics({"train/acc": 0.25}, step=1)
@@ -196,7 +213,7 @@ def test_a_line_that_a_crash_cut_off_spoils_no_other(tmp_path: Path):
     assert [event["event"] for event in read_journal(tmp_path)] == ["run", "run", "tags", "metrics", "finish"]
 
 
-def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path):
+def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, sender_in_this_process):
     from mlflow import MlflowClient
 
     tracking = composed(f"paths.outputs={tmp_path}").tracking
