@@ -22,6 +22,7 @@ SMALL = [
     "data.train_size=1000",
     "data.valid_size=500",
     "tracking=none",
+    "figures=false",
 ]
 
 

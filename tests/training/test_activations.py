@@ -31,8 +31,8 @@ def looks(folder):
 
 @pytest.mark.parametrize("keys", [[], ["trainer.precision=bf16-mixed"]], ids=["float32", "bf16"])
 def test_looks_do_not_touch_the_training(run, keys):
-    blind, one = run(*TOGGLES, *keys)
-    seeing, two = run(*TOGGLES, *keys, "trainer.log_activations_every=3")
+    blind, one = run(*TOGGLES, *keys, "figures=true")
+    seeing, two = run(*TOGGLES, *keys, "figures=true", "trainer.log_activations_every=3")
     assert all(torch.equal(value, state(two)[name]) for name, value in state(one).items())
     assert {name: value for name, value in blind.items() if name not in TIMES} == {
         name: value for name, value in seeing.items() if name not in TIMES
@@ -143,7 +143,7 @@ def test_an_error_in_a_look_leaves_the_network_as_it_was():
 
 def test_nothing_to_look_at_is_one_warning(run, caplog, monkeypatch):
     monkeypatch.setattr("gaplab.worker.ACTIVATION_CLASSES", (nn.Hardtanh,))
-    _, folder = run("trainer.log_activations_every=1", "trainer.max_epochs=1")
+    _, folder = run("trainer.log_activations_every=1", "figures=true", "trainer.max_epochs=1")
     assert caplog.text.count("activations are not logged: the network calls none of nn.Hardtanh") == 1
     assert looks(folder) == []
     assert not (folder / "figures" / "activations.png").exists()
