@@ -38,6 +38,14 @@ def train_py(*arguments: str, cwd: Path = configs.PROJECT) -> "subprocess.Comple
     return subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
 
 
+def assert_refused(done: "subprocess.CompletedProcess[str]", said: str) -> None:
+    """One line on stderr that says so, status 2, nothing on stdout."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
     """Runs a small job in this process; its result.json and its folder."""

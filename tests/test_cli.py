@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import train_py
+from conftest import assert_refused, train_py
 
 BAD = {
     "model.bnn=true": 'model.bnn: no such key in model; did you mean "bn"?',
@@ -37,11 +37,7 @@ BAD = {
 def test_wrong_input_ends_in_one_line_and_status_2(arguments: str, tmp_path: Path):
     outputs = tmp_path / "outputs"
     done = train_py(f"paths.outputs={outputs}", *arguments.split(), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert BAD[arguments] in lines[0]
+    assert_refused(done, BAD[arguments])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import train_py
+from conftest import assert_refused, train_py
 
 from gaplab import config as configs
 from gaplab import sweep
@@ -158,10 +158,7 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_a_wrong_job_stops_the_sweep_before_it_starts(arguments: str, tmp_path: Path):
     done = train_py("-m", f"paths.outputs={tmp_path / 'outputs'}", *arguments.split(), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert BAD[arguments] in done.stderr
+    assert_refused(done, BAD[arguments])
     assert list(tmp_path.iterdir()) == []
 
 

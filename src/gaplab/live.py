@@ -1,6 +1,5 @@
 """What a sweep shows while it runs and at its end, read from its jobs' folders: the same whoever runs them."""
 
-import json
 import statistics
 import threading
 import time
@@ -16,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gaplab.files import read_json
 from gaplab.tracking.journal import read_journal
 
 POLL_S = 0.5
@@ -58,7 +58,7 @@ class LiveView:
         while not stopped:
             stopped = self._stop.wait(POLL_S)
             for folder in [folder for folder in self._epochs if folder not in self._results]:
-                if ended(result := _result(folder)):
+                if ended(result := read_json(folder / "result.json")):
                     self._results[folder] = result
                     if not terminal:
                         self._console.print(self._line(folder, result), soft_wrap=True)
@@ -102,13 +102,6 @@ class LiveView:
             best = max(self._results.items(), key=lambda pair: (pair[1].get("best") or {}).get("valid_acc", -1.0))
             lines.append(Text(f"best valid accuracy so far {best[1]['best']['valid_acc']:.4f}: {best[0].name}"))
         return Group(*lines)
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "result.json").read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 def ended(result: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from gaplab import config as configs
 from gaplab import launch
 from gaplab.config import Config, MLflow
 from gaplab.errors import TrainingError, UserError
+from gaplab.files import read_json, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.tracking.journal import Tracker, read_journal
 
@@ -135,17 +136,9 @@ def saved_jobs(folder: Path) -> list[Job]:
     return found
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """`result.json` of a run; empty when there is none, or none that is whole."""
-    try:
-        return dict(json.loads((folder / "result.json").read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
 def is_finished(folder: Path, config: Config) -> bool:
     """Whether the run of just this config is in `folder`, to its end."""
-    result = read_result(folder)
+    result = read_json(folder / "result.json")
     ended = result.get("status") == "FINISHED" or (config.sweep.allow_divergence and result.get("diverged"))
     return bool(ended) and result.get("config_hash") == configs.config_hash(config)
 
@@ -237,7 +230,7 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
         for job in jobs:
             job.folder.mkdir(parents=True, exist_ok=True)
             if not (job.folder / "config.yaml").is_file():
-                _write(job.folder / "config.yaml", configs.to_yaml(job.config))
+                write_whole(job.folder / "config.yaml", configs.to_yaml(job.config))
     except OSError as error:
         raise UserError(f"paths.outputs: {folder} cannot be written ({error.strerror})") from None
     said = [configs.masked(word) for word in typed]
@@ -259,14 +252,7 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
             for job in jobs
         ],
     }
-    _write(path, json.dumps(description, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(description, indent=1) + "\n")
 
 
 @contextmanager
@@ -336,7 +322,7 @@ def _run(
                 problem = _launch(folder, waiting, hydra_config, context)
             status = "FINISHED"
         finally:
-            results = [read_result(job.folder) for job in jobs]
+            results = [read_json(job.folder / "result.json") for job in jobs]
             lost = [not is_finished(job.folder, job.config) for job in jobs]
             if status == "FINISHED" and any(lost):
                 status = "FAILED"
@@ -380,10 +366,10 @@ def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -
     except Exception as error:  # a process of the launcher's was killed, a cluster did not answer
         return f"the launcher gave up: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     for job, returned in zip(waiting, returns, strict=True):
-        if returned.status is not JobStatus.COMPLETED and not read_result(job.folder):
+        if returned.status is not JobStatus.COMPLETED and not read_json(job.folder / "result.json"):
             cause = returned._return_value  # ended before there was a run to record it
             result = {"status": "FAILED", "error": f"{type(cause).__name__}: {cause}"}
-            _write(job.folder / "result.json", json.dumps(result) + "\n")
+            write_whole(job.folder / "result.json", json.dumps(result) + "\n")
     return None
 
 

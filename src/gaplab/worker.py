@@ -3,7 +3,6 @@
 import ctypes
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from gaplab import figures
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule
 from gaplab.errors import DivergenceError, TrainingError, UserError
+from gaplab.files import write_whole
 from gaplab.metrics import Score
 from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
@@ -335,9 +335,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _write_result(result: RunResult, folder: Path) -> None:
-    partial = folder / ".result.json"
-    partial.write_text(json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
 
 
 class quiet_lightning(warnings.catch_warnings):  # noqa: N801 (a context manager, used like a function)

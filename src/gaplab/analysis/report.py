@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from gaplab.analysis.claims import Verdict, judge
 from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
+from gaplab.files import write_whole
 from gaplab.sweep import running
 from gaplab.tracking.journal import Tracker
 
@@ -189,15 +189,9 @@ def _write(
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(folder / "report.html", render(content, paths))
+    write_whole(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "report.html", render(content, paths))
     return [folder / "report.json", folder / "runs.csv", folder / "report.html", *paths.values()]
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _print(

@@ -10,7 +10,8 @@ import yaml
 
 from gaplab import config as configs
 from gaplab.errors import UserError
-from gaplab.sweep import find_sweep, read_result
+from gaplab.files import read_json
+from gaplab.sweep import find_sweep
 from gaplab.tracking.journal import read_journal, read_receipt
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -141,7 +142,7 @@ def read_run(folder: Path) -> Run:
                 history.setdefault(name, {})[event["step"]] = value
     if not settings:
         settings = _settings_of_file(folder / "config.yaml")
-    result = read_result(folder)
+    result = read_json(folder / "result.json")
     status = str(result.get("status", "WAITING"))
     return Run(
         name=folder.name,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gaplab.config import MLflow, Tracking
+from gaplab.files import read_json
 
 SEND_WAIT_S = 60
 RECEIPT_WAIT_S = 5
@@ -41,10 +42,7 @@ def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
 
 def read_receipt(folder: Path) -> dict[str, Any]:
     """What the sender has done of a journal: `run_id` in MLflow, and `sent` bytes. Empty before it began."""
-    try:
-        return dict(json.loads((folder / "mlflow.json").read_text()))
-    except (OSError, ValueError):
-        return {}
+    return read_json(folder / "mlflow.json")
 
 
 class Tracker:

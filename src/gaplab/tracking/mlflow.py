@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gaplab.files import write_whole
 from gaplab.tracking.journal import journal_of, read_receipt
 
 # the whole wait for a server that does not answer stays below 10 s; no request leaves for anyone but the server
@@ -73,9 +74,8 @@ class Journal:
         """Remember that all that was read is sent."""
         if self.run_id is not None and self._seen > self._sent and not self.refused:
             self._sent = self._seen
-            partial = self.folder / ".mlflow.json"
-            partial.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}) + "\n")
-            os.replace(partial, self.folder / "mlflow.json")
+            receipt = {"run_id": self.run_id, "sent": self._sent}
+            write_whole(self.folder / "mlflow.json", json.dumps(receipt) + "\n")
 
 
 class Sender:
