@@ -11,7 +11,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @cli.job
 def main(cfg: DictConfig) -> None:
-    launch.launch(config.from_hydra(cfg, launch.overrides()))
+    launch.main(config.from_hydra(cfg, launch.overrides()), launch.overrides())
 
 
 if __name__ == "__main__":

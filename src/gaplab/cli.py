@@ -1,7 +1,7 @@
 """What a command line owes a person: every failure is one line on stderr and a status that is not 0.
 
-0 done; 1 the run failed; 2 something that was typed or given is wrong; 130 interrupted. With HYDRA_FULL_ERROR=1 the
-traceback is shown as well.
+0 done; 1 the run failed; 2 something that was typed or given is wrong; 130 Ctrl-C, 143 SIGTERM. With HYDRA_FULL_ERROR=1
+the traceback is shown as well.
 """
 
 import os
@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from gaplab import interrupt
 from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra
 from gaplab.errors import TrainingError, UserError
 
@@ -23,6 +24,7 @@ gaplab: train an image classifier and measure its overfitting gap, with an inter
   python src/train.py experiment=baseline                  a shipped experiment
   python src/train.py -m model.bn=false,true 'seed=range(6)'   every combination; then python src/report.py
   python src/train.py -m claim=overfitting                 a claim: its grid, for a verdict
+  python src/train.py resume=latest                        go on with a stopped or crashed run
   python src/train.py --cfg job                            print the composed config, run nothing
   python src/train.py model=resnet --help                  the keys of another choice
   python src/train.py --hydra-help                         Hydra's own options
@@ -53,18 +55,19 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
     words = sys.argv[1:]
     try:
-        if {"--help", "-h"} & set(words):
-            print(help_text([word for word in words if not word.startswith("-")]))
-        else:
-            _check_config_dir(words)
-            main()
+        with interrupt.handled():
+            if {"--help", "-h"} & set(words):
+                print(help_text([word for word in words if not word.startswith("-")]))
+            else:
+                _check_config_dir(words)
+                main()
     except Exception as error:
         if SHOW_TRACEBACK:
             raise
         sys.exit(report(error))
-    except KeyboardInterrupt:
+    except interrupt.Interrupted as stop:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.exit_status)
 
 
 def _check_config_dir(words: list[str]) -> None:

@@ -263,6 +263,15 @@ class Sweep:
 
 
 @dataclass
+class Checkpoint:
+    every_s: float = key(
+        300.0,
+        "Seconds between two checkpoints within an epoch; there is one after every epoch too.",
+        Range(0, ends="()"),
+    )
+
+
+@dataclass
 class Paths:
     outputs: str = key(str(PROJECT / "outputs"), "Folder for runs, sweeps and the tracking store.")
 
@@ -277,12 +286,14 @@ class Config:
     scheduler: Scheduler = field(default_factory=Scheduler)
     trainer: Trainer = field(default_factory=Trainer)
     tracking: Tracking = field(default_factory=Tracking)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     sweep: Sweep = field(default_factory=Sweep)
     paths: Paths = field(default_factory=Paths)
     seed: int = key(
         0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1)
     )
     name: str | None = key(None, "Name of the run; null to say what it is.")
+    resume: str | None = key(None, "Folder of a run to go on with exactly where it was, or latest.")
     figures: bool = key(True, "Draw the run's figures; a sweep of short runs is faster without.")
     allowed_targets: list[str] = key(
         ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
@@ -342,6 +353,7 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
     """
     config = _to_object(cfg)
     assert isinstance(config, Config)
+    config.data.root = str(Path(config.data.root).expanduser().absolute())  # the run may be gone on with from elsewhere
     check_trust(config, typed)
     check(config)
     return config
@@ -361,10 +373,12 @@ def listed(value: Any) -> list[str]:
 
 
 def _to_object(cfg: Any) -> Any:
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, flag_override
     from omegaconf.errors import MissingMandatoryValue
 
     try:
+        with flag_override(cfg, "readonly", False):
+            cfg.paths.outputs = str(Path(cfg.paths.outputs).expanduser().absolute())  # others are made from it
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
@@ -443,8 +457,8 @@ def _digest(values: dict[str, Any]) -> str:
 
 def decides(name: str) -> bool:
     """Whether a key decides the numbers: not where things lie, nor how the run is called, drawn or tracked."""
-    where = ("tracking.", "sweep.", "paths.", "data.root", "allowed_targets")
-    return not name.startswith(where) and name not in ("name", "figures")
+    where = ("tracking.", "checkpoint.", "sweep.", "paths.", "data.root", "allowed_targets")
+    return not name.startswith(where) and name not in ("name", "figures", "resume")
 
 
 def _said(config: Config) -> dict[str, Any]:

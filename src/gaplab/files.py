@@ -1,7 +1,9 @@
 """Small files that a crash may cut off: written whole or not at all, read as empty when they are not whole."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +21,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def explain_disk(error: BaseException, folder: Path) -> str | None:
+    """What to do about a disk that is full or cannot be written, when `error` says so; else None."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    if error.errno == errno.EROFS:
+        return f"{folder}: the disk has become read-only; make it writable, then go on with resume={folder}"
+    sizes = [path.stat().st_size for path in (folder / "checkpoints").glob("*.ckpt")]
+    needed = f", a checkpoint takes {max(sizes) / 1e6:.1f} MB" if sizes else ""
+    free = shutil.disk_usage(folder).free / 1e6
+    return f"{folder}: the disk is full ({free:.1f} MB free{needed}); free some, then go on with resume={folder}"

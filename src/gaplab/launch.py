@@ -4,47 +4,174 @@ import logging
 import secrets
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gaplab import config as configs
-from gaplab.config import PROJECT, Config, Data, ImageFolder
-from gaplab.errors import UserError
-from gaplab.tracking.journal import Tracker
+from gaplab import interrupt
+from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
+from gaplab.errors import DivergenceError, TrainingError, UserError
+from gaplab.files import explain_disk, read_json, write_whole
+from gaplab.result import RunResult, print_summary
+from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOCK_WAIT_S = 1  # others look for a moment whether it is held
 
 
-def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -> Any:
-    """Run the job that `config` says; its RunResult.
+def main(config: Config, typed: list[str]) -> None:
+    """What `train.py` was asked for: a new run, or to go on with one. Raises as `launch` does."""
+    _refuse_sweep_words(config)
+    if config.resume is not None:
+        resume(config, typed)
+    else:
+        launch(config)
+
+
+def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -> RunResult:
+    """Run the job that `config` says, or go on with it where a checkpoint in `folder` left it.
 
     Args:
         config: checked.
         folder: None makes a new one.
         in_sweep: speak into `<folder>/console.log`, and leave MLflow to the sweep's sender.
 
-    Raises UserError, TrainingError or KeyboardInterrupt.
+    `result.json` is written however it ends. Raises UserError or TrainingError, after the run is recorded as FAILED,
+    and Interrupted, as KILLED.
     """
+    from rich.console import Console
+
     started = time.perf_counter()
-    run_id = secrets.token_hex(16)
     check_root(config.data)
-    if not in_sweep:
-        _refuse_sweep_words(config)
     folder = _make_folder(config, folder)
-    (folder / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
-    name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
-    if not in_sweep:
-        print(f"{name}  in {folder}", flush=True)
-    tracker = Tracker(folder, None if in_sweep else config.tracking, name, tags)
+    with _explained_disk(folder), _held(folder), interrupt.handled():
+        result = RunResult(
+            secrets.token_hex(16), "RUNNING", config.seed, configs.condition(config), configs.config_hash(config)
+        )
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier attempt
+        if not (folder / "config.yaml").is_file():
+            write_whole(folder / "config.yaml", configs.to_yaml(config))
+        name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
+        if not in_sweep:
+            print(f"{name}  in {folder}", flush=True)
+        tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
+        with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
+            console = Console(file=output, highlight=False)
+            with _recorded(result, folder, tracker, console, started):
+                from gaplab import worker  # torch and Lightning: seconds, in which the sender gets ready too
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
-    from gaplab import worker  # torch and Lightning: seconds, in which the tracking process gets ready too
+                worker.run(config, folder, tracker, result, started, console)
+            print_summary(console, result, config)
+    return result
 
-    with (folder / "console.log").open("w") if in_sweep else nullcontext() as console:
-        return worker.run(config, folder, tracker, run_id, started, console)
+
+@contextmanager
+def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Console", started: float) -> Iterator[None]:
+    """Write down how the run ended, whatever ended it, and in which words a person is told."""
+    wait_s = SEND_WAIT_S
+    try:
+        yield
+        result.status = "FINISHED"
+    except (interrupt.Interrupted, KeyboardInterrupt):
+        result.status, wait_s = "KILLED", 1
+        console.print(f"go on     python src/train.py resume={folder.name}", markup=False, soft_wrap=True)
+        raise
+    except (UserError, TrainingError) as error:
+        result.status, result.error, result.diverged = "FAILED", str(error), isinstance(error, DivergenceError)
+        raise
+    except Exception as error:
+        result.status, result.error = "FAILED", explain_disk(error, folder)
+        if result.error is None:
+            result.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            with suppress(OSError):
+                (folder / "error.log").write_text(traceback.format_exc())
+                result.error += f" (traceback in {folder / 'error.log'})"
+        raise TrainingError(result.error) from error
+    finally:
+        result.total_s = time.perf_counter() - started
+        with suppress(OSError) if result.error else nullcontext():  # of a full disk one hears once
+            if result.error:
+                tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
+            result.write(folder)  # once before MLflow is waited for: it may keep us waiting, or be interrupted
+            result.run_id = tracker.finish(result.status, wait_s) or result.run_id
+            result.total_s = time.perf_counter() - started
+            result.write(folder)
+
+
+@contextmanager
+def _explained_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(explain_disk(error, folder) or str(error)) from error
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the run in `folder`, so that no other process goes on with it; a lock ends with its process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(f"{folder}: this run is going on in another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def resume(wanted: Config, typed: list[str]) -> RunResult | None:
+    """Go on with the run that `wanted.resume` names, in its own words; None if it is finished. Raises UserError."""
+    usual = ("resume=", "paths.outputs=", "allowed_targets=")
+    others = [word for word in typed if not word.lstrip("+").startswith(usual)]
+    if others:
+        raise UserError(f"resume: goes on with the run's own config, so {others[0]} cannot be said; begin a new run")
+    assert wanted.resume is not None
+    folder = find_run(Path(wanted.paths.outputs), wanted.resume)
+    config = configs.load(folder / "config.yaml")
+    configs.check_trust(config, typed)
+    result = read_json(folder / "result.json")
+    if result.get("status") == "FINISHED":
+        print(f"{configs.run_name(config)}  in {folder} is finished")
+        return None
+    return launch(config, folder)
+
+
+def find_run(outputs: Path, name: str) -> Path:
+    """The folder of a run by its path, its name in `outputs/runs`, or `latest`. Raises UserError."""
+    runs = outputs.expanduser().absolute() / "runs"
+    if name == "latest":
+        found = sorted(path.parent for path in runs.glob("*/config.yaml"))
+        if not found:
+            raise UserError(f"no run in {runs}")
+        return found[-1]
+    for folder in (Path(name).expanduser().absolute(), runs / name):
+        if (folder / "sweep.json").is_file() or (folder.parent / "sweep.json").is_file():
+            sweep = folder if (folder / "sweep.json").is_file() else folder.parent
+            raise UserError(f"{name}: of a sweep; go on with python src/train.py -m sweep.resume={sweep.name}")
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{name}: no run there (no config.yaml), nor in {runs}")
+
+
+def tracking(folder: Path, config: Config) -> Tracking:
+    """The tracking settings; what goes on keeps the address it began with (saved configs hold no password)."""
+    began = next((event for event in read_journal(folder) if event["event"] == "run" and "uri" in event), None)
+    if began and isinstance(config.tracking, MLflow):
+        return replace(config.tracking, uri=began["uri"])
+    return config.tracking
 
 
 def _refuse_sweep_words(config: Config) -> None:

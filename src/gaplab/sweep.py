@@ -8,9 +8,12 @@ import json
 import os
 import re
 import secrets
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +22,17 @@ from typing import Any
 from rich.console import Console
 
 from gaplab import config as configs
-from gaplab import launch
-from gaplab.config import Config, MLflow
+from gaplab import interrupt, launch
+from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import read_json, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
-from gaplab.tracking.journal import Tracker, read_journal
+from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 PROBE_SAMPLES = 4000
+STOP = ".stop"  # in a sweep's folder: its jobs in other processes are to stop
+STOP_POLL_S = 0.1
+STOP_WAIT_S = 4.5
 NOT_SWEPT = ("sweep.", "paths.", "tracking.", "hydra.")
 
 
@@ -53,6 +59,7 @@ class SavedJobs:
         with open_dict(config):
             config.hydra.sweep.subdir = sweep_overrides[0]
             config.folder = str(self.sweep / sweep_overrides[0])
+            config.writer = os.getpid()
         return config
 
 
@@ -103,10 +110,34 @@ def run_job(cfg: Any) -> None:
 
     folder = Path(cfg.folder)
     config = configs.load(folder / "config.yaml")
-    with FileLock(folder / ".lock"):  # held, if at all, by a job that outlived its sweep
-        if not is_finished(folder, config):
-            _clear(folder)
+    with interrupt.handled(), _stopped_with(folder.parent) if cfg.writer != os.getpid() else nullcontext():
+        with FileLock(folder / ".lock"):  # a job that outlived its sweep ends first
+            finished = is_finished(folder, config)
+        if not finished:
             launch.launch(config, folder, in_sweep=True)
+
+
+@contextmanager
+def _stopped_with(folder: Path) -> Iterator[None]:
+    """For a job in another process than its sweep's: stop when the sweep does. Ctrl-C is the sweep's to hear."""
+    done = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while not done.wait(STOP_POLL_S):
+            if (folder / STOP).exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    if (folder / STOP).exists():  # this job was next in a queue
+        raise interrupt.Interrupted(signal.SIGTERM)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def find_sweep(outputs: Path, name: str = "latest") -> Path:
@@ -157,6 +188,8 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
         config = _compose_one(hydra_config, context, overrides, typed, known)
         if config.trainer.threads is None:  # the same whatever the launcher, for it decides the last bits
             config = replace(config, trainer=replace(config.trainer, threads=1))
+        if config.resume:
+            raise UserError("resume: of a single run; a sweep goes on with sweep.resume=latest")
         # what is said of the sweep is not said of its jobs
         config = replace(config, sweep=replace(config.sweep, resume=None, dry_run=False))
         launch.check_root(config.data)
@@ -271,17 +304,6 @@ def running(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _clear(folder: Path) -> None:
-    """Take away what an unfinished attempt left; its journal goes on."""
-    import shutil
-
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in ("config.yaml", "journal.jsonl", "mlflow.json", ".lock"):
-            path.unlink()
-
-
 def _run(
     console: Console,
     folder: Path,
@@ -291,15 +313,13 @@ def _run(
     context: Any,
     typed: list[str],
 ) -> None:
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"paths.outputs={folder.parent.parent}: cannot be written ({error.strerror})") from None
     with running(folder):
         old = {event["path"] for event in read_journal(folder) if event["event"] == "child"}
-        settings = _tracking(folder, jobs[0].config)
+        settings = launch.tracking(folder, jobs[0].config)
         _save(folder, jobs, typed)
         console.print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished, in {folder}", soft_wrap=True)
         claim = jobs[0].config.sweep.claim
@@ -309,18 +329,24 @@ def _run(
             if str(job.folder) not in old:
                 tracker.child(job.folder)
         tracker.artifact(folder / "sweep.json")
+        (folder / STOP).unlink(missing_ok=True)
         for job in waiting:
-            try:
-                with FileLock(job.folder / ".lock", timeout=0):
-                    _clear(job.folder)
-            except Timeout:  # outlived its sweep, and will be waited for
-                continue
-        status, problem = "KILLED", None
+            if _is_running(job.folder):
+                console.print(f"{job.folder.name} still runs in a process that outlived its sweep; it is waited for")
+            else:
+                (job.folder / "result.json").unlink(missing_ok=True)
+        status, problem, wait_s = "KILLED", None, 1.0
+        launcher = hydra_config.hydra.runtime.choices["hydra/launcher"]
+        in_here = launcher == "basic"
         try:
             tracker.wait_for_run()
-            with LiveView(console, [job.folder for job in waiting], [job.config.trainer.max_epochs for job in waiting]):
+            epochs = [job.config.trainer.max_epochs for job in waiting]
+            with (
+                nullcontext() if in_here else interrupt.farewell(lambda: _stop_jobs(folder, waiting)),
+                LiveView(console, [job.folder for job in waiting], epochs),
+            ):
                 problem = _launch(folder, waiting, hydra_config, context)
-            status = "FINISHED"
+            status, wait_s = "FINISHED", SEND_WAIT_S
         finally:
             results = [read_json(job.folder / "result.json") for job in jobs]
             lost = [not is_finished(job.folder, job.config) for job in jobs]
@@ -328,21 +354,31 @@ def _run(
                 status = "FAILED"
             attempt = sum(event["event"] == "run" for event in read_journal(folder))
             tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, attempt)
-            tracker.finish(status)
+            tracker.finish(status, wait_s)
             labels = conditions(jobs)
-            launcher = hydra_config.hydra.runtime.choices["hydra/launcher"]
-            resume = f"sweep.resume={folder.name}" + (f" hydra/launcher={launcher}" if launcher != "basic" else "")
+            resume = f"sweep.resume={folder.name}" + ("" if in_here else f" hydra/launcher={launcher}")
             print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
 
 
-def _tracking(folder: Path, config: Config) -> Any:
-    """The tracking settings; a sweep that goes on keeps the address it began with (saved configs hold no password)."""
-    began = next((event for event in read_journal(folder) if event["event"] == "run" and "uri" in event), None)
-    if began and isinstance(config.tracking, MLflow):
-        return replace(config.tracking, uri=began["uri"])
-    return config.tracking
+def _is_running(folder: Path) -> bool:
+    """Whether a process holds the job in `folder`."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _stop_jobs(folder: Path, jobs: list[Job]) -> None:
+    """Have the jobs in other processes save their checkpoints, before their launcher kills them."""
+    (folder / STOP).touch()
+    deadline = time.monotonic() + STOP_WAIT_S
+    while any(_is_running(job.folder) for job in jobs) and time.monotonic() < deadline:
+        time.sleep(STOP_POLL_S)
 
 
 def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -> str | None:

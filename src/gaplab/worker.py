@@ -1,128 +1,62 @@
 """One run, from a checked config to its result: the one place that puts the parts together."""
 
 import ctypes
-import json
 import logging
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from rich.console import Console
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gaplab import config as configs
-from gaplab import figures
+from gaplab import figures, interrupt
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule
-from gaplab.errors import DivergenceError, TrainingError, UserError
-from gaplab.files import write_whole
+from gaplab.errors import UserError
 from gaplab.metrics import Score
 from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
 from gaplab.nn.init import lsuv_
+from gaplab.result import RESULT_NAMES, RunResult
 from gaplab.tracking.journal import Tracker
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
-from gaplab.training.checkpoint import ChecksumIO, read_checkpoint
+from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint, read_checkpoint
 from gaplab.training.classifier import Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict
-from gaplab.training.progress import ProgressBar, print_summary
+from gaplab.training.progress import ProgressBar
 
 LSUV_SAMPLES = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-@dataclass
-class RunResult:
-    """What `result.json` holds. Accuracies and gaps are fractions, losses nats, times seconds; None is not known."""
-
-    run_id: str
-    status: str
-    seed: int
-    condition: str
-    config_hash: str
-    epochs: int = 0
-    steps: int = 0
-    params: int = 0
-    fit_s: float = 0.0
-    total_s: float = 0.0
-    steps_per_s: float | None = None
-    device: str = ""
-    train_acc: float | None = None
-    valid_acc: float | None = None
-    gap_acc: float | None = None
-    gap_acc_low: float | None = None
-    gap_acc_high: float | None = None
-    train_loss: float | None = None
-    valid_loss: float | None = None
-    train_acc_running: float | None = None
-    best: dict[str, float] | None = None
-    test_acc: float | None = None
-    test_loss: float | None = None
-    diverged: bool = False
-    error: str | None = None
-
-
-RESULT_NAMES = {
-    "train_acc": "train/acc", "valid_acc": "valid/acc", "gap_acc": "gap/acc", "gap_acc_low": "gap/acc_low",
-    "gap_acc_high": "gap/acc_high", "train_loss": "train/loss", "valid_loss": "valid/loss",
-    "train_acc_running": "train/acc_running",
-}  # fmt: skip
-
-
-def run(
-    config: Config, folder: Path, tracker: Tracker, run_id: str, started: float, output: TextIO | None = None
-) -> RunResult:
-    """Train, measure, track; write `result.json` however it ends.
+def run(config: Config, folder: Path, tracker: Tracker, result: RunResult, started: float, console: Console) -> None:
+    """Train, measure, track: from the beginning, or from the newest checkpoint in `folder`.
 
     Args:
         config: checked.
         folder: the run's own, existing folder.
-        tracker: the run's journal, which is finished here.
-        run_id: the run's id unless MLflow gives one.
+        tracker: the run's journal.
+        result: filled in as things become known.
         started: `time.perf_counter()` when the command began.
-        output: where to tell people of it; None for the terminal.
+        console: where to tell people of it.
 
-    Raises UserError or TrainingError, after the run is recorded as FAILED, and KeyboardInterrupt, as KILLED.
+    Raises UserError, TrainingError, Interrupted.
     """
-    result = RunResult(run_id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
-    console = Console(file=output, highlight=False)
-    try:
-        with quiet_lightning():
-            _run(config, folder, tracker, result, console, started)
-        result.status = "FINISHED"
-    except KeyboardInterrupt:
-        result.status = "KILLED"
-        raise
-    except (UserError, TrainingError) as error:
-        result.status, result.error, result.diverged = "FAILED", str(error), isinstance(error, DivergenceError)
-        raise
-    except Exception as error:
-        result.status, result.error = "FAILED", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        (folder / "error.log").write_text(traceback.format_exc())
-        raise TrainingError(f"{result.error} (traceback in {folder / 'error.log'})") from error
-    finally:
-        if result.error:
-            tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
-        result.total_s = time.perf_counter() - started
-        _write_result(result, folder)  # once before MLflow is waited for: it may keep us waiting, or be interrupted
-        result.run_id = tracker.finish(result.status) or run_id
-        result.total_s = time.perf_counter() - started
-        _write_result(result, folder)
-    print_summary(console, asdict(result), config)
-    return result
+    with quiet_lightning():
+        _run(config, folder, tracker, result, started, console)
 
 
-def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, console: Console, started: float) -> None:
+def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, started: float, console: Console) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -135,7 +69,8 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
     result.params = sum(parameter.numel() for parameter in network.parameters())
     sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
-    tracker.dataset(config.data.name, data.splits["train"].source.digest(), config.data.root, sizes)
+    digest = data.splits["train"].source.digest()
+    tracker.dataset(config.data.name, digest, config.data.root, sizes)
 
     progress = ProgressBar(console)
 
@@ -143,24 +78,28 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         tracker.metrics(epoch.metrics(), epoch.number)
         progress.show(epoch, config.trainer.max_epochs)
 
-    measured = GapCallback(data.batches, len(data.classes), on_epoch)
+    measured = GapCallback(lambda split: checkpoints.paused(data.batches(split)), len(data.classes), on_epoch)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1]
+    )
     callbacks: list[pl.Callback] = [measured, progress]
     looks = None
     if every := config.trainer.log_activations_every:
         looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
         callbacks.append(looks)
-    trainer = _trainer(config, folder, callbacks)
-    classifier = _classifier(config, data, network)
+    trainer = _trainer(config, folder, [*callbacks, checkpoints])
+    classifier = _classifier(config, data, network, digest)
     result.device = _device_name(trainer.strategy.root_device)
+    checkpoint = _go_on(folder / "checkpoints", classifier, data, console)
     start = time.perf_counter()
     try:
-        trainer.fit(classifier, datamodule=data)
-    except SystemExit:  # Lightning's answer to Ctrl-C, which it has also switched off
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from None
+        with interrupt.deferred():
+            trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # Lightning's, when the signal came at the very end of an epoch
+        raise interrupt.Interrupted(signal.SIGTERM) from None
     finally:
-        result.fit_s = time.perf_counter() - start
-        result.steps = trainer.global_step
+        result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
+        result.steps = classifier.steps
         _record(result, measured)
 
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
@@ -175,8 +114,9 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         error = identity_error(network, data.sample("valid", IDENTITY_SAMPLES))
         summary |= {} if error is None else {"bn/identity_error": error}
     paths = figures.save_figures(folder / "figures", drawings)
-    assert classifier.first_step is not None
-    tracker.metrics(summary | {"time/to_first_step_s": classifier.first_step - started}, result.epochs)
+    if classifier.first_step is not None:  # else nothing was left to train
+        summary["time/to_first_step_s"] = classifier.first_step - started
+    tracker.metrics(summary, result.epochs)
     for path in paths:
         tracker.artifact(path, "figures")
     for name in ("config.yaml", "splits.npz"):
@@ -185,7 +125,33 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, cons
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
 
 
-def _classifier(config: Config, data: DataModule, network: Network) -> Classifier:
+def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Console) -> Path | None:
+    """The checkpoint in `folder` to go on from, if any. Raises UserError if it is of another network or other data."""
+    path, wrong = newest_checkpoint(folder)
+    for reason in wrong:
+        console.print(reason, markup=False, soft_wrap=True)
+    if path is None:
+        if wrong:
+            console.print("no checkpoint can be read: training begins anew")
+        return None
+    checkpoint = read_checkpoint(path)
+    found, expected = (
+        {name: tuple(value.shape) for name, value in state.items()}
+        for state in (checkpoint["state_dict"], classifier.state_dict())
+    )
+    if found != expected:
+        name = next(iter(found.items() ^ expected.items()))[0]
+        raise UserError(f"{path}: of another network than the config's ({name} differs)")
+    if checkpoint["hyper_parameters"]["data"] != classifier.hparams["data"]:
+        raise UserError(f"data.root: the data are not those that {path.parent.parent} was trained on; begin a new run")
+    progress = checkpoint["progress"]
+    data.begin_at(progress["batches"])
+    within = f" and {progress['batches']} of {data.batches_per_epoch} batches" if progress["batches"] else ""
+    console.print(f"going on from {path.name}, after {progress['epochs']} epochs{within}")
+    return path
+
+
+def _classifier(config: Config, data: DataModule, network: Network, digest: str) -> Classifier:
     return Classifier(
         network,
         config.optimizer,
@@ -195,6 +161,7 @@ def _classifier(config: Config, data: DataModule, network: Network) -> Classifie
             "in_shape": list(data.in_shape),
             "num_classes": len(data.classes),
             "classes": data.classes,
+            "data": digest,
         },
         batches_per_epoch=data.batches_per_epoch,
         accumulate=config.trainer.accumulate_grad_batches,
@@ -204,18 +171,8 @@ def _classifier(config: Config, data: DataModule, network: Network) -> Classifie
 
 
 def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer, with what gaplab does itself switched off. Checkpoints come after the callbacks given."""
+    """Lightning's Trainer, with what gaplab does itself switched off."""
     settings = config.trainer
-    checkpoints = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="best",
-        monitor="valid/acc",
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
-    )
     stopping: list[pl.Callback] = []
     if settings.early_stopping is not None:
         stopping = [
@@ -227,7 +184,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.T
         max_epochs=settings.max_epochs,
         precision=settings.precision,  # type: ignore[arg-type]
         deterministic=settings.deterministic,
-        callbacks=[*callbacks, *stopping, checkpoints],
+        callbacks=[*callbacks, *stopping],
         plugins=[ChecksumIO()],
         default_root_dir=folder,
         logger=False,
@@ -332,10 +289,6 @@ def _accelerator(name: str) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _write_result(result: RunResult, folder: Path) -> None:
-    write_whole(folder / "result.json", json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
 
 
 class quiet_lightning(warnings.catch_warnings):  # noqa: N801 (a context manager, used like a function)

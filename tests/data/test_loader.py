@@ -7,11 +7,20 @@ from gaplab.data.loader import ChunkLoader, EpochOrder, augmentation
 INDICES = torch.arange(100, 201)  # 101 samples
 
 
-def batches_of(chunk_size: int, epoch: int = 0, drop_single: bool = False) -> list[list[int]]:
+def batches_of(chunk_size: int, epoch: int = 0, drop_single: bool = False, begin: int = 0) -> list[list[int]]:
     sampler = EpochOrder(INDICES, seed=3)
     sampler.set_epoch(epoch)
-    loader = ChunkLoader(lambda batches, _: ((b, b) for b in batches), sampler, 10, chunk_size, drop_single)
+    numbers = []
+
+    def read(batches, epoch, first):
+        numbers.append(first)
+        return ((batch, batch) for batch in batches)
+
+    loader = ChunkLoader(read, sampler, 10, chunk_size, drop_single)
+    loader.begin = begin
     chunks = list(loader)
+    assert numbers == [begin]
+    assert len(chunks) == len(loader)
     return [images.tolist() for chunk in chunks for images, _ in chunk]
 
 
@@ -26,6 +35,12 @@ def test_chunk_size_changes_nothing():
     assert batches_of(1) == batches_of(4) == batches_of(50)
 
 
+def test_an_epoch_goes_on_where_it_was_left_in_as_many_chunks():
+    for chunk_size in (1, 4, 50):
+        for begin in range(12):
+            assert batches_of(chunk_size, begin=begin) == batches_of(4)[begin:]
+
+
 def test_a_last_batch_of_one_sample_is_left_out_for_batchnorm():
     assert [len(batch) for batch in batches_of(4, drop_single=True)] == [10] * 10
 
@@ -33,7 +48,7 @@ def test_a_last_batch_of_one_sample_is_left_out_for_batchnorm():
 def test_chunks_read_batches_only_when_these_are_used():
     read = []
     loader = ChunkLoader(
-        lambda batches, _: ((read.append(0), b) for b in batches), EpochOrder(INDICES, 0), 10, 4, drop_single=False
+        lambda batches, *_: ((read.append(0), b) for b in batches), EpochOrder(INDICES, 0), 10, 4, drop_single=False
     )
     first, *_ = list(loader)
     assert read == []

@@ -98,13 +98,17 @@ class DataModule(LightningDataModule):
         count = min(count, available)
         return next(iter(part.source.images([part.indices[torch.arange(count) * available // count]])))
 
-    def _read_train(self, batches: list[Tensor], epoch: int) -> Iterator[Batch]:
+    def begin_at(self, batch: int) -> None:
+        """Leave out the first `batch` mini-batches of the next epoch: they are done."""
+        self._loader.begin = batch
+
+    def _read_train(self, batches: list[Tensor], epoch: int, first: int) -> Iterator[Batch]:
         stream = _read(self.splits["train"], batches)
         if self._data.augment == "none":
             yield from stream
             return
         augment = augmentation(self._data.augment, self._data.crop_padding, self._seed, epoch)
-        for number, (images, labels) in enumerate(stream):
+        for number, (images, labels) in enumerate(stream, first):
             yield augment(images, number), labels
 
 

@@ -47,16 +47,20 @@ class ChunkLoader:
     """Iterates over the chunks of an epoch.
 
     Args:
-        read: from index tensors (B,) to batches of images uint8 (B, C, H, W) and labels int64 (B,).
+        read: from the index tensors (B,) of mini-batches, the epoch and the first one's number in it to batches of
+            images uint8 (B, C, H, W) and labels int64 (B,).
         sampler: order of the samples.
         batch_size: samples in a mini-batch; the last one of an epoch may hold fewer.
         chunk_size: mini-batches in a chunk.
         drop_single: leave out a last mini-batch of one sample, whose variance BatchNorm could not tell.
+
+    Attributes:
+        begin: mini-batches of the next epoch that are done already; their chunks come without them, and maybe empty.
     """
 
     def __init__(
         self,
-        read: Callable[[list[Tensor], int], Iterator[Batch]],
+        read: Callable[[list[Tensor], int, int], Iterator[Batch]],
         sampler: EpochOrder,
         batch_size: int,
         chunk_size: int,
@@ -66,6 +70,7 @@ class ChunkLoader:
         self.sampler = sampler
         self.batch_size = batch_size
         self.chunk_size = chunk_size
+        self.begin = 0
         count = len(sampler.indices)
         self.drops_single = drop_single and count % batch_size == 1
         self.steps = -(-count // batch_size) - self.drops_single
@@ -74,10 +79,12 @@ class ChunkLoader:
         return -(-self.steps // self.chunk_size)
 
     def __iter__(self) -> Iterator[Chunk]:
-        batches = list(self.sampler.order().split(self.batch_size))[: self.steps]
-        stream = self.read(batches, self.sampler.epoch)
+        begin, self.begin = self.begin, 0
+        batches = list(self.sampler.order().split(self.batch_size))[begin : self.steps]
+        stream = self.read(batches, self.sampler.epoch, begin)
         for start in range(0, self.steps, self.chunk_size):
-            yield Chunk(stream, min(self.chunk_size, self.steps - start))
+            end = min(start + self.chunk_size, self.steps)
+            yield Chunk(stream, max(0, end - max(start, begin)))
 
 
 def augmentation(kind: str, padding: int, seed: int, epoch: int) -> Augment:

@@ -124,21 +124,21 @@ class Tracker:
                 return
             time.sleep(0.05)
 
-    def finish(self, status: str) -> str | None:
+    def finish(self, status: str, wait_s: float = SEND_WAIT_S) -> str | None:
         """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet)."""
         self._write("finish", status=status)
-        return self._end()
+        return self._end(wait_s)
 
     def close(self) -> None:
         """End what `reopen` began; the run's status stays."""
         self._write("close")
-        self._end()
+        self._end(SEND_WAIT_S)
 
-    def _end(self) -> str | None:
+    def _end(self, wait_s: float) -> str | None:
         os.fsync(self._file.fileno())
         self._file.close()
         if self._sender is not None:
-            self._wait_for(self._sender)
+            self._wait_for(self._sender, wait_s)
         elif self._sweep and read_receipt(self._sweep):  # its sender sees this run within moments
             deadline = time.monotonic() + RECEIPT_WAIT_S
             while not read_receipt(self._folder) and time.monotonic() < deadline:
@@ -146,9 +146,9 @@ class Tracker:
         run_id = read_receipt(self._folder).get("run_id")
         return None if run_id is None else str(run_id)
 
-    def _wait_for(self, sender: "subprocess.Popen[bytes]") -> None:
+    def _wait_for(self, sender: "subprocess.Popen[bytes]", wait_s: float) -> None:
         try:
-            code = sender.wait(SEND_WAIT_S)
+            code = sender.wait(wait_s)
         except subprocess.TimeoutExpired:
             code = None
         if code != 0:

@@ -62,14 +62,21 @@ class ActivationsCallback(Callback):
             if step % self._every == 0:
                 self._keep(look(network, self._images, self._kinds), step)
 
-        with trainer.precision_plugin.forward_context():  # training_step, where the others happen, is in it already
-            first = look(network, self._images, self._kinds)
-        if not first:
-            names = ", ".join(f"nn.{kind.__name__}" for kind in self._kinds)
-            log.warning("activations are not logged: the network calls none of %s", names)
-            return
-        self._keep(first, pl_module.steps)
-        pl_module.on_step = on_step
+        if not self.history:  # a run that goes on has had it
+            with trainer.precision_plugin.forward_context():  # training_step, where the others are, is in it already
+                first = look(network, self._images, self._kinds)
+            if not first:
+                names = ", ".join(f"nn.{kind.__name__}" for kind in self._kinds)
+                log.warning("activations are not logged: the network calls none of %s", names)
+                return
+            self._keep(first, pl_module.steps)
+        pl_module.after_step.append(on_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(step, values) for step, values in state_dict["history"]]
 
     def _keep(self, values: dict[str, float], step: int) -> None:
         self.history.append((step, values))

@@ -4,10 +4,12 @@ Lightning's loop spends about as long on a step as a small network does. So its 
 `training_step` runs their optimizer steps itself (manual optimization), which costs what PyTorch costs.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -33,11 +35,13 @@ class Classifier(LightningModule):
 
     Attributes:
         running: correct answers and samples of this epoch so far, counted in train mode while the weights move.
-        train_s: seconds spent in training steps, over all epochs.
+        train_s: seconds spent in training steps by this process.
         lr: learning rate of the newest optimizer step.
         first_step: `time.perf_counter()` when the first training step began, None before.
         steps: optimizer steps so far, over all epochs.
-        on_step: called with `steps` after each optimizer step, unless None.
+        epochs: finished ones.
+        batches: mini-batches of the current epoch so far.
+        after_step: called in turn with `steps` after each optimizer step; a checkpoint may be saved there.
     """
 
     def __init__(
@@ -57,8 +61,14 @@ class Classifier(LightningModule):
         self.running = [0, 0]
         self.train_s = 0.0
         self.first_step: float | None = None
-        self.steps = 0
-        self.on_step: Callable[[int], None] | None = None
+        self.steps = self.epochs = self.batches = 0
+        self.after_step: list[Callable[[int], None]] = []
+        self._losses: list[Tensor] = []  # of the mini-batches that `count_up` is yet to see
+        self._hits: list[Tensor] = []
+        self._samples = 0
+        self._mean_loss = torch.zeros(())
+        self._stopped = False
+        self._rng: dict[str, Any] | None = None  # of a checkpoint, until training goes on
         self.lr = optimizer.lr
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -79,12 +89,24 @@ class Classifier(LightningModule):
         scheduler = build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
         return optimizer if scheduler is None else ([optimizer], [{"scheduler": scheduler, "interval": "step"}])
 
+    def on_fit_start(self) -> None:
+        """Have Lightning begin after the epochs of a checkpoint; within an epoch, the loader knows where to begin."""
+        finished: Any = self.trainer.fit_loop.epoch_progress.current
+        finished.processed = finished.completed = self.epochs
+        self._count_steps(self.steps)
+        self.trainer.should_stop = self._stopped
+
     def on_train_epoch_start(self) -> None:
+        if self._rng is not None:  # nothing draws from here to the first step
+            set_rng_state(self._rng)
+            self._rng = None
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs, self.batches = self.epochs + 1, 0
         self.running = [0, 0]
-        self._batches_done = 0
 
     def training_step(self, chunk: Iterable[Batch], batch_idx: int) -> Tensor:
-        """Run the chunk's optimizer steps; the mean loss of its mini-batches.
+        """Run the chunk's optimizer steps; the mean loss of its newest mini-batches.
 
         Raises DivergenceError that names the step when a loss is not finite.
         """
@@ -95,13 +117,15 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
-        losses, hits, count, steps_before = [], [], 0, self.steps
         for images, labels in chunk:
             logits = self.network(images)  # (B, K)
             loss = F.cross_entropy(logits, labels)
             (loss / self._group_size() if self._accumulate > 1 else loss).backward()
-            self._batches_done += 1
-            if self._batches_done % self._accumulate == 0 or self._batches_done == self._batches_per_epoch:
+            self.batches += 1
+            self._losses.append(loss.detach())
+            self._hits.append((logits.detach().argmax(1) == labels).sum())
+            self._samples += len(labels)
+            if self.batches % self._accumulate == 0 or self.batches == self._batches_per_epoch:
                 if self._clip is not None:
                     nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
                 self.lr = optimizer.param_groups[0]["lr"]
@@ -110,30 +134,53 @@ class Classifier(LightningModule):
                 if scheduler is not None:
                     scheduler.step()
                 self.steps += 1
+                self._count_steps(1)
                 if autocast:  # it would go on with copies of the weights made before this step
                     torch.clear_autocast_cache()
-                if self.on_step is not None:
-                    self.on_step(self.steps)
-            losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == labels).sum())
-            count += len(labels)
-        mean_loss = self._finite(torch.stack(losses)).mean()
-        self.running[0] += int(torch.stack(hits).sum())
-        self.running[1] += count
-        self._count_steps(self.steps - steps_before)
+                for call in self.after_step:
+                    call(self.steps)
+        self.count_up()
         self.train_s += time.perf_counter() - start
-        return mean_loss
+        return self._mean_loss
+
+    def count_up(self) -> None:
+        """Bring `running` up to the newest step. Raises DivergenceError."""
+        if not self._losses:
+            return
+        self._mean_loss = self._finite(torch.stack(self._losses)).mean()
+        self.running[0] += int(torch.stack(self._hits).sum())
+        self.running[1] += self._samples
+        self._losses, self._hits, self._samples = [], [], 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say where training is in gaplab's own words: Lightning's count chunks, which a checkpoint may divide."""
+        del checkpoint["loops"]
+        checkpoint["progress"] = {
+            "epochs": self.epochs,
+            "batches": self.batches,
+            "steps": self.steps,
+            "running": self.running,
+            "lr": self.lr,
+            "stopped": self.trainer.should_stop,
+        }
+        checkpoint["rng"] = rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.epochs, self.batches, self.steps = progress["epochs"], progress["batches"], progress["steps"]
+        self.running, self.lr, self._stopped = progress["running"], progress["lr"], progress["stopped"]
+        self._rng = checkpoint["rng"]
 
     def _group_size(self) -> int:
         """Mini-batches that share the optimizer step of the current one."""
-        first = self._batches_done // self._accumulate * self._accumulate
+        first = self.batches // self._accumulate * self._accumulate
         return min(self._accumulate, self._batches_per_epoch - first)
 
     def _finite(self, losses: Tensor) -> Tensor:
         if bool(losses.isfinite().all()):
             return losses
         first = int((~losses.isfinite()).nonzero()[0])
-        number = (self._batches_done - len(losses) + first) // self._accumulate
+        number = (self.batches - len(losses) + first) // self._accumulate
         step = self.current_epoch * self.steps_per_epoch + number + 1
         raise DivergenceError(
             f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower "
@@ -141,8 +188,27 @@ class Classifier(LightningModule):
         )
 
     def _count_steps(self, steps: int) -> None:
-        """Tell Lightning of the optimizer steps that went past it, so that `global_step` counts them."""
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        for tracker in (progress.total, progress.current):
-            tracker.ready += steps
-            tracker.completed += steps
+        """Tell Lightning of optimizer steps that went past it, so that `global_step` counts them."""
+        total = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+        total.ready += steps
+        total.completed += steps
+
+
+def rng_state() -> dict[str, Any]:
+    """Of every generator that a network may draw from, as plain values and tensors."""
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Have them go on as `rng_state` found them."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])

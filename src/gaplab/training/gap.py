@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,19 +85,25 @@ class GapCallback(Callback):
         batches: every sample of a named split, once.
         num_classes: K.
         on_epoch: called with each finished epoch.
+
+    Attributes:
+        history: the finished epochs, those before a checkpoint included.
     """
 
     def __init__(
         self, batches: Callable[[str], Iterable[Batch]], num_classes: int, on_epoch: Callable[[Epoch], None]
     ) -> None:
         self.history: list[Epoch] = []
+        self._elapsed = 0.0, 0.0  # of an epoch that a checkpoint divides: seconds, and those of training
         self._batches = batches
         self._num_classes = num_classes
         self._on_epoch = on_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        self._start = time.perf_counter(), pl_module.train_s
+        self._module = pl_module
+        self._start = time.perf_counter() - self._elapsed[0], pl_module.train_s - self._elapsed[1]
+        self._elapsed = 0.0, 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -126,6 +133,19 @@ class GapCallback(Callback):
         self.history.append(epoch)
         pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
         self._on_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._start[0], self._module.train_s - self._start[1]
+        if self._module.batches == 0:  # the epoch is over
+            elapsed = 0.0, 0.0
+        return {"history": [asdict(epoch) for epoch in self.history], "elapsed": elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [
+            Epoch(**epoch | {split: Score(**epoch[split]) for split in ("train", "valid")})
+            for epoch in state_dict["history"]
+        ]
+        self._elapsed = state_dict["elapsed"]
 
     @property
     def best(self) -> Epoch:

@@ -1,16 +1,12 @@
-"""What a person sees while a run goes on and when it ends."""
+"""What a person sees while a run goes on."""
 
 import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from gaplab.config import Config, run_name
 from gaplab.metrics import gap
 from gaplab.training.gap import Epoch
 
@@ -38,7 +34,8 @@ class ProgressBar(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         chunks = int(trainer.num_training_batches)
-        self._task = self._bar.add_task("", total=chunks * (trainer.max_epochs or 0), epoch="1", numbers="")
+        total, done = (chunks * (epochs or 0) for epochs in (trainer.max_epochs, trainer.current_epoch))
+        self._task = self._bar.add_task("", total=total, completed=done, epoch="1", numbers="")
         if self._console.is_terminal:
             self._bar.start()
 
@@ -72,36 +69,3 @@ class ProgressBar(Callback):
     def _stop(self) -> None:
         if self._console.is_terminal:  # elsewhere it was never started, and would end with an empty line
             self._bar.stop()
-
-
-def print_summary(console: Console, result: dict[str, Any], config: Config) -> None:
-    """The table at the end of a run, and what to type next."""
-    best = result["best"]
-    table = Table(title=escape(run_name(config)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for label, row, epoch, test in (
-        ("best valid", best, best["epoch"], result["test_acc"]),
-        ("last epoch", result, result["epochs"], None),
-    ):
-        table.add_row(
-            label,
-            str(epoch),
-            f"{row['train_acc']:.4f}",
-            f"{row['valid_acc']:.4f}",
-            f"{100 * row['gap_acc']:+.2f}",
-            f"[{100 * row['gap_acc_low']:+.2f}, {100 * row['gap_acc_high']:+.2f}]",
-            "" if test is None else f"{test:.4f}",
-        )
-    console.print(table)
-    console.print(
-        f"{result['epochs']} epochs, {result['fit_s']:.1f} s of training and measuring, "
-        f"{result['total_s']:.1f} s in all; "
-        f"{result['params']:,} parameters, {result['device']}",
-        soft_wrap=True,
-    )
-    toggled = "false" if config.model.bn else "true"
-    console.print(
-        f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
-        soft_wrap=True,
-    )

@@ -1,0 +1,93 @@
+"""Ctrl-C and SIGTERM: the first asks to stop, the second insists."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The run was told to stop, by the signal `signum`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+class _State:
+    """Signals belong to the process, and so does this."""
+
+    handling = False
+    pending: int | None = None
+    deferring = 0
+    farewell: Callable[[], None] | None = None
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM raise Interrupted. Does nothing inside another, or outside the main thread."""
+    if _State.handling or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    _State.handling, _State.pending = True, None
+    try:
+        for signum, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as a shell has it for what it starts in the background
+                signal.signal(signum, _handle)
+        yield
+    finally:
+        _State.handling = False
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within it, a first signal waits for `check`; a second one still interrupts at once."""
+    _State.deferring += 1
+    try:
+        yield
+    finally:
+        _State.deferring -= 1
+    check()
+
+
+@contextmanager
+def farewell(call: Callable[[], None]) -> Iterator[None]:
+    """Within it, a first signal calls `call` before it interrupts."""
+    _State.farewell = call
+    try:
+        yield
+    finally:
+        _State.farewell = None
+
+
+def pending() -> bool:
+    """Whether a signal waits for `check`."""
+    return _State.pending is not None
+
+
+def check() -> None:
+    """Raises Interrupted if a signal came meanwhile."""
+    if _State.pending is not None:
+        raise Interrupted(_State.pending)
+
+
+def _handle(signum: int, _frame: object) -> None:
+    first, _State.pending = _State.pending is None, signum
+    if first and (_State.deferring or _State.farewell):
+        print("stopping, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
+        if _State.deferring:
+            return
+        assert _State.farewell is not None
+        _State.farewell()
+    raise Interrupted(signum)

@@ -1,0 +1,93 @@
+"""What a run came to: `result.json`, and the table that a person sees."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaplab.config import Config, run_name
+from gaplab.files import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass
+class RunResult:
+    """What `result.json` holds. Accuracies and gaps are fractions, losses nats, times seconds; None is not known."""
+
+    run_id: str
+    status: str
+    seed: int
+    condition: str
+    config_hash: str
+    epochs: int = 0
+    steps: int = 0
+    params: int = 0
+    fit_s: float = 0.0
+    total_s: float = 0.0
+    steps_per_s: float | None = None
+    device: str = ""
+    train_acc: float | None = None
+    valid_acc: float | None = None
+    gap_acc: float | None = None
+    gap_acc_low: float | None = None
+    gap_acc_high: float | None = None
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    train_acc_running: float | None = None
+    best: dict[str, float] | None = None
+    test_acc: float | None = None
+    test_loss: float | None = None
+    diverged: bool = False
+    error: str | None = None
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / "result.json", json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+
+
+RESULT_NAMES = {
+    "train_acc": "train/acc", "valid_acc": "valid/acc", "gap_acc": "gap/acc", "gap_acc_low": "gap/acc_low",
+    "gap_acc_high": "gap/acc_high", "train_loss": "train/loss", "valid_loss": "valid/loss",
+    "train_acc_running": "train/acc_running",
+}  # fmt: skip
+
+
+def print_summary(console: Console, result: RunResult, config: Config) -> None:
+    """The table at the end of a run, and what to type next."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    last = asdict(result)
+    best = last["best"]
+    table = Table(title=escape(run_name(config)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for label, row, epoch, test in (
+        ("best valid", best, best["epoch"], result.test_acc),
+        ("last epoch", last, result.epochs, None),
+    ):
+        table.add_row(
+            label,
+            str(epoch),
+            f"{row['train_acc']:.4f}",
+            f"{row['valid_acc']:.4f}",
+            f"{100 * row['gap_acc']:+.2f}",
+            f"[{100 * row['gap_acc_low']:+.2f}, {100 * row['gap_acc_high']:+.2f}]",
+            "" if test is None else f"{test:.4f}",
+        )
+    console.print(table)
+    console.print(
+        f"{result.epochs} epochs, {result.fit_s:.1f} s of training and measuring, "
+        f"{result.total_s:.1f} s in all; "
+        f"{result.params:,} parameters, {result.device}",
+        soft_wrap=True,
+    )
+    toggled = "false" if config.model.bn else "true"
+    console.print(
+        f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
+        soft_wrap=True,
+    )

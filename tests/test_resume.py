@@ -1,0 +1,238 @@
+"""A run that was stopped, killed or damaged goes on, and comes to what the undisturbed one does, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, assert_refused, composed, train_py
+from killing import die_at_stage, differences, run_forked, wait_for
+
+from gaplab import config as configs
+from gaplab import interrupt, launch
+from gaplab.data.datamodule import DataModule
+from gaplab.errors import UserError
+from gaplab.tracking.journal import read_journal
+from gaplab.training.checkpoint import newest_checkpoint, read_checkpoint
+from gaplab.training.classifier import Classifier
+
+RUN = [
+    *SMALL, "model.bn=true", "model.dropout=0.3", "data.augment=crop_flip", "data.batch_size=40", "scheduler=one_cycle",
+    "trainer.max_epochs=3", "trainer.early_stopping=2", "trainer.log_activations_every=10", "trainer.threads=1",
+]  # fmt: skip
+STEPS = 25  # an epoch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs") / "run"
+    launch.launch(composed(*RUN), folder)
+    return folder
+
+
+def stopped_at(step: int, folder: Path, monkeypatch, signum: signal.Signals = signal.SIGTERM, *more: str) -> None:
+    """A run that is told to stop in its `step`-th step."""
+    original = Classifier._count_steps
+
+    def count(self, steps: int) -> None:
+        original(self, steps)
+        if self.steps == step:
+            os.kill(os.getpid(), signum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "_count_steps", count)
+        with pytest.raises(interrupt.Interrupted) as stop:
+            launch.launch(composed(*RUN, *more), folder)
+    assert stop.value.exit_status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
+    assert json.loads((folder / "result.json").read_text())["status"] == "KILLED"
+    assert list(read_journal(folder))[-1]["status"] == "KILLED"
+
+
+@pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 12, 3 * STEPS])
+def test_a_run_stopped_at_any_step_goes_on_there(step: int, undisturbed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    stopped_at(step, folder, monkeypatch, signal.SIGTERM if step % 2 else signal.SIGINT)
+    progress = read_checkpoint(folder / "checkpoints" / "last.ckpt")["progress"]
+    assert progress["epochs"] * STEPS + progress["batches"] == step == progress["steps"]
+    result = launch.launch(composed(*RUN), folder)
+    assert differences(folder, undisturbed) == []
+    assert result.status == "FINISHED"
+    assert f"going on from last.ckpt, after {progress['epochs']} epochs and " in capsys.readouterr().out
+
+
+def test_a_run_stopped_while_it_is_evaluated_evaluates_again(undisturbed, tmp_path, monkeypatch):
+    original = DataModule.batches
+    calls = []
+
+    def batches(self, name: str):
+        calls.append(name)
+        for batch in original(self, name):
+            if calls == ["train", "valid", "train"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(DataModule, "batches", batches)
+        with pytest.raises(interrupt.Interrupted):
+            launch.launch(composed(*RUN), folder)
+    assert calls == ["train", "valid", "train"]
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["progress"]["batches"] == STEPS
+    launch.launch(composed(*RUN), folder)
+    assert differences(folder, undisturbed) == []
+
+
+def test_accumulated_gradients_are_never_divided(tmp_path, monkeypatch):
+    more = ("trainer.accumulate_grad_batches=4", "data.train_size=990")
+    launch.launch(composed(*RUN, *more), tmp_path / "undisturbed")
+    stopped_at(9, tmp_path / "run", monkeypatch, signal.SIGTERM, *more)
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["progress"]["batches"] == 8
+    launch.launch(composed(*RUN, *more), tmp_path / "run")
+    assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
+def test_a_long_epoch_is_saved_within_and_only_within_reason(tmp_path, monkeypatch):
+    saved = []
+    original = Classifier.on_save_checkpoint
+    monkeypatch.setattr(
+        Classifier,
+        "on_save_checkpoint",
+        lambda self, checkpoint: (original(self, checkpoint), saved.append(checkpoint["progress"]["batches"])),
+    )
+    launch.launch(composed(*RUN, "checkpoint.every_s=1e-9", "trainer.max_epochs=1"), tmp_path / "often")
+    assert saved == [*range(1, STEPS + 1), 0, 0]  # best.ckpt and last.ckpt at the end
+    saved.clear()
+    launch.launch(composed(*RUN, "trainer.max_epochs=1"), tmp_path / "rarely")
+    assert saved == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [2, 9, 16, 23, 30])
+def test_a_run_killed_in_a_save_goes_on(stage: int, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert wait_for(run_forked(composed(*RUN), folder, die_at_stage(stage))) == -signal.SIGKILL
+    assert wait_for(run_forked(composed(*RUN), folder)) == 0
+    assert differences(folder, undisturbed) == []
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_older_one_taken(undisturbed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    stopped_at(2 * STEPS + 5, folder, monkeypatch)
+    checkpoints = folder / "checkpoints"
+    flip_a_bit(checkpoints / "last.ckpt")
+    path, wrong = newest_checkpoint(checkpoints)
+    assert path == checkpoints / "previous.ckpt"
+    assert len(wrong) == 1
+    assert "last.ckpt: damaged" in wrong[0]
+    launch.launch(composed(*RUN), folder)
+    out = capsys.readouterr().out
+    assert "last.ckpt: damaged" in out
+    assert "going on from previous.ckpt, after 2 epochs" in out
+    assert differences(folder, undisturbed) == []
+
+
+@pytest.mark.parametrize("names", [("last.ckpt", "previous.ckpt"), ("best.ckpt",)])
+def test_without_any_readable_checkpoint_training_begins_anew(names, undisturbed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    stopped_at(2 * STEPS + 5, folder, monkeypatch)
+    for name in names:
+        flip_a_bit(folder / "checkpoints" / name)
+    launch.launch(composed(*RUN), folder)
+    assert "no checkpoint can be read: training begins anew" in capsys.readouterr().out
+    assert differences(folder, undisturbed) == []
+
+
+def test_other_data_and_another_network_are_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    stopped_at(STEPS + 1, folder, monkeypatch)
+    with pytest.raises(UserError, match=r"last\.ckpt: of another network than the config's \(network\."):
+        launch.launch(composed(*RUN, "model.hidden_dims=[7]"), folder)
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    checkpoint["hyper_parameters"]["data"] = "0" * 16
+    torch.save(checkpoint, path)
+    path.with_name("last.ckpt.sha256").unlink()
+    with pytest.raises(UserError, match=r"data\.root: the data are not those that "):
+        launch.launch(composed(*RUN), folder)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    original = Classifier.count_up
+
+    def count_up(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self)
+
+    monkeypatch.setattr(Classifier, "count_up", count_up)
+    with pytest.raises(interrupt.Interrupted):
+        launch.launch(composed(*RUN), tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "KILLED"
+
+
+def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
+    with launch._held(tmp_path), pytest.raises(UserError, match="this run is going on in another process"):
+        launch.launch(composed(*RUN), tmp_path)
+
+
+def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: Path):
+    keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.bn=true"]
+    process = subprocess.Popen(
+        [sys.executable, str(configs.PROJECT / "src" / "train.py"), *keys, f"paths.outputs={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch 2/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    _, error = process.communicate()
+    seconds = time.monotonic() - begin
+    assert process.returncode == 143
+    assert error.splitlines() == ["stopping, with a checkpoint; once more stops at once", "interrupted"]
+    assert seconds < 5
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "KILLED"
+    done = train_py("resume=latest", f"paths.outputs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "going on from last.ckpt, after " in done.stdout
+    from mlflow import MlflowClient
+
+    result = json.loads((folder / "result.json").read_text())
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(result["run_id"]).info.status == "FINISHED"
+    assert len(client.search_runs(["1"])) == 1
+    for name in ("gap/acc", "time/epoch_s", "lr"):
+        history = client.get_metric_history(result["run_id"], name)
+        assert [metric.step for metric in history] == list(range(1, 61)), name
+    again = train_py("resume=latest", f"paths.outputs={tmp_path}")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.endswith(" is finished\n")
+
+
+WRONG = {
+    "resume=latest": "no run in ",
+    "resume=nowhere": "nowhere: no run there (no config.yaml), nor in ",
+    "resume=latest seed=1": "resume: goes on with the run's own config, so seed=1 cannot be said",
+    "-m resume=latest seed=0,1": "resume: of a single run; a sweep goes on with sweep.resume=latest",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_what_cannot_be_gone_on_with_is_told(arguments: str, tmp_path: Path):
+    done = train_py(*arguments.split(), f"paths.outputs={tmp_path / 'outputs'}", cwd=tmp_path)
+    assert_refused(done, WRONG[arguments])
+    assert list(tmp_path.iterdir()) == []
