@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +328,10 @@ SCHEMAS: dict[str, tuple[type, ...]] = {
 }
 
 
+def absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 def slug(text: str) -> str:
     """`text` as a file name that needs no quoting anywhere, at most 80 characters."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")[:80]
@@ -353,7 +357,6 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
     """
     config = _to_object(cfg)
     assert isinstance(config, Config)
-    config.data.root = str(Path(config.data.root).expanduser().absolute())  # the run may be gone on with from elsewhere
     check_trust(config, typed)
     check(config)
     return config
@@ -378,7 +381,7 @@ def _to_object(cfg: Any) -> Any:
 
     try:
         with flag_override(cfg, "readonly", False):
-            cfg.paths.outputs = str(Path(cfg.paths.outputs).expanduser().absolute())  # others are made from it
+            cfg.paths.outputs = absolute(cfg.paths.outputs)  # other addresses are made from it
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
@@ -414,9 +417,10 @@ def masked(text: str) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as a file that Hydra can run again, schemas included."""
+    """The resolved config as a file that Hydra can run again, schemas included, from wherever it is read."""
     from omegaconf import OmegaConf
 
+    config = replace(config, data=replace(config.data, root=absolute(config.data.root)))
     schemas = [f"- schema@{group}: {type(getattr(config, group)).__name__}" for group in SCHEMAS]
     defaults = "\n".join(
         ["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_", "- override hydra/sweeper: gaplab"]
@@ -464,7 +468,7 @@ def decides(name: str) -> bool:
 def _said(config: Config) -> dict[str, Any]:
     """What decides the numbers; of a folder of pictures, that is the folder."""
     said = {name: value for name, value in flatten(config).items() if decides(name)}
-    return said | ({"data.root": config.data.root} if isinstance(config.data, ImageFolder) else {})
+    return said | ({"data.root": absolute(config.data.root)} if isinstance(config.data, ImageFolder) else {})
 
 
 def config_hash(config: Config) -> str:
