@@ -51,6 +51,7 @@ class SavedJobs:
     files edited while the sweep runs change nothing. A launcher's "overrides" of a job are the name of its folder."""
 
     sweep: Path
+    writer: int  # process of the sweep; jobs may be in others
 
     def load_sweep_config(self, master_config: Any, sweep_overrides: Sequence[str]) -> Any:
         from omegaconf import OmegaConf, open_dict
@@ -59,7 +60,7 @@ class SavedJobs:
         with open_dict(config):
             config.hydra.sweep.subdir = sweep_overrides[0]
             config.folder = str(self.sweep / sweep_overrides[0])
-            config.writer = os.getpid()
+            config.writer = self.writer
         return config
 
 
@@ -393,7 +394,7 @@ def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -
     with open_dict(hydra_config):
         hydra_config.hydra.sweep.dir = str(folder)
     launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=HydraContext(SavedJobs(folder), context.callbacks),  # type: ignore[arg-type]
+        hydra_context=HydraContext(SavedJobs(folder, os.getpid()), context.callbacks),  # type: ignore[arg-type]
         task_function=run_job,
         config=hydra_config,
     )
