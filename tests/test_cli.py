@@ -62,13 +62,31 @@ def test_help_teaches(tmp_path: Path):
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
-def test_a_config_of_somebody_else_lets_hydra_build_nothing(tmp_path: Path):
+@pytest.mark.parametrize("package", ["hydra: {callbacks: {x: {", "# @package hydra.callbacks.x\n{"])
+def test_a_config_of_somebody_else_lets_hydra_build_nothing(package: str, tmp_path: Path):
     touched = tmp_path / "touched"
-    (tmp_path / "config.yaml").write_text(
-        "defaults: [schema, _self_]\n"
-        f"hydra: {{callbacks: {{x: {{_target_: pathlib.Path.touch, _args_: ['{touched}']}}}}}}\n"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "config.yaml").write_text("defaults: [schema, x: y, _self_]\n")
+    (tmp_path / "x" / "y.yaml").write_text(
+        ("" if package.startswith("#") else "# @package _global_\n")
+        + f"{package}_target_: pathlib.Path.touch, _args_: ['{touched}']{'}' * package.count('{')}\n"
     )
     done = train_py("--config-dir", str(tmp_path), "--config-name", "config", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "lets Hydra build a class of its choice" in done.stderr
+    assert "sets hydra.callbacks; of Hydra itself, a folder of configs may set " in done.stderr
     assert not touched.exists()
+
+
+def test_a_folder_of_configs_is_used(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /optimizer: sgd]\nhydra: {sweeper: {params: {seed: 1}}}\n"
+    )
+    done = train_py("--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "_target_: torch.optim.SGD" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["--experimental-rerun=x.pickle", "--config-path=/x"])
+def test_words_of_hydra_that_go_past_the_checks_are_refused(word: str, tmp_path: Path):
+    assert_refused(train_py(word, cwd=tmp_path), word.partition("=")[0] + ": ")

@@ -124,3 +124,26 @@ def test_a_saved_config_is_read_back_as_it_was(tmp_path):
     path.write_text("foo: 1")
     with pytest.raises(UserError, match="not a config that gaplab wrote"):
         configs.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: null", "name: ${oc.env:HOME}", r"\$\{oc\.env:HOME\} is still to be filled in"),
+        ("name: null", "name: !!python/object/apply:os.getcwd []", "os.getcwd would make an object"),
+        ("gaplab.nn.mlp.MLP", "os.system", "package 'os' is not in allowed_targets"),
+        ("- lightning", "- os", "said by a file"),
+    ],
+)
+def test_a_config_of_a_tracking_server_is_somebody_elses(old, new, said):
+    config = composed("tracking=none")
+    assert configs.loads(configs.to_yaml(config), "run 1") == config
+    with pytest.raises(UserError, match=f"run 1: .*{said}"):
+        configs.loads(configs.to_yaml(config).replace(old, new), "run 1")
+    own = configs.to_yaml(replace(config, allowed_targets=[*config.allowed_targets, "my_package"]))
+    assert configs.loads(own, "run 1", ["allowed_targets=[my_package]"])
+
+
+def test_too_large_a_number_is_out_of_range():
+    assert 10**400 not in configs.POSITIVE
+    assert -(10**400) not in configs.Range(-1)

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from gaplab import interrupt
 from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra
 from gaplab.errors import TrainingError, UserError
+from gaplab.files import plain
+from gaplab.foreign import check_words
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 HELP = """\
@@ -59,7 +60,7 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
             if {"--help", "-h"} & set(words):
                 print(help_text([word for word in words if not word.startswith("-")]))
             else:
-                _check_config_dir(words)
+                check_words(words)
                 main()
     except Exception as error:
         if SHOW_TRACEBACK:
@@ -68,28 +69,6 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
     except interrupt.Interrupted as stop:
         print("interrupted", file=sys.stderr)
         sys.exit(stop.exit_status)
-
-
-def _check_config_dir(words: list[str]) -> None:
-    """A folder of configs may be somebody else's: of Hydra itself it may set values, but name no class to be built.
-
-    Raises UserError. (What the rest of a config may build, `allowed_targets` decides.)
-    """
-    import argparse
-
-    import yaml
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd")
-    folder = parser.parse_known_args(words)[0].config_dir
-    for path in Path(folder).expanduser().rglob("*.yaml") if folder else []:
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
-        whole = "hydra" in path.relative_to(Path(folder).expanduser()).parts[:-1] or not isinstance(raw, dict)
-        if "_target_" in str(raw if whole else raw.get("hydra")):
-            raise UserError(f"{path}: lets Hydra build a class of its choice; only gaplab's own conf/ may do that")
 
 
 def train_help(overrides: list[str]) -> str:
@@ -133,7 +112,7 @@ def job(task: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def report(error: Exception) -> int:
     """Print `error` as one line; the exit status for it."""
-    print(f"error: {explain(error)}", file=sys.stderr)
+    print(f"error: {plain(explain(error))}", file=sys.stderr)
     return 1 if isinstance(error, TrainingError) else 2
 
 

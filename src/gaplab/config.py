@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gaplab.errors import UserError
+from gaplab.files import check_yaml, plain, read_text
 from gaplab.targets import check_target
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.ends[0] == "[" else value > self.low
         below = value <= self.high if self.ends[1] == "]" else value < self.high
-        return math.isfinite(value) and above and below
+        return above and below and abs(value) <= sys.float_info.max  # finite; asking an int that is larger would raise
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -429,20 +431,41 @@ def to_yaml(config: Config) -> str:
 
 
 def load(path: Path) -> Config:
-    """The config that `to_yaml` wrote into a file. Raises UserError."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """The config that `to_yaml` wrote into a file, whatever packages it allows: `check_trust` is the caller's. Raises
+    UserError."""
+    return _parse(read_text(path), str(path))
 
+
+def loads(text: str, origin: str, typed: Iterable[str] = ()) -> Config:
+    """The config that `to_yaml` wrote, come back from a tracking server: somebody else's. Raises UserError.
+
+    `origin` says where it comes from; `typed` are the overrides that a person typed, as in `from_hydra`.
+    """
+    config = _parse(text, origin)
+    try:
+        check_trust(config, typed)
+    except UserError as error:
+        raise UserError(f"{plain(origin)}: {error}") from None
+    return config
+
+
+def _parse(text: str, origin: str) -> Config:
+    from omegaconf import OmegaConf
+
+    check_yaml(text, origin, resolved=True)
     known = {schema.__name__: schema for group in SCHEMAS.values() for schema in group}
     try:
-        raw: Any = OmegaConf.load(path)
+        raw: Any = OmegaConf.create(text)
         named = [pair for entry in raw.pop("defaults") if not isinstance(entry, str) for pair in entry.items()]
         schemas = {name.removeprefix("schema@"): known[one] for name, one in named if name.startswith("schema@")}
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), schemas, raw))
-    except (OSError, OmegaConfBaseException, AttributeError, KeyError) as error:
-        raise UserError(f"{path}: not a config that gaplab wrote ({type(error).__name__})") from None
+    except Exception as error:  # it may hold anything, and OmegaConf's errors are of many kinds
+        raise UserError(f"{plain(origin)}: not a config that gaplab wrote ({type(error).__name__})") from None
     assert isinstance(config, Config)
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{plain(origin)}: {error}") from None
     return config
 
 
@@ -483,7 +506,7 @@ def condition(config: Config) -> str:
 def run_name(config: Config) -> str:
     """What the run is, for people: `mlp bn dropout=0.5 orthogonal s0`."""
     if config.name:
-        return config.name
+        return plain(config.name)
     model, parts = config.model, [config.model.name]
     if config.data.name != "mnist":
         parts.append(config.data.name)
