@@ -1,3 +1,6 @@
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,12 @@ from gaplab.errors import UserError
 def module(root, *overrides):
     config = composed("data=image_folder", f"data.root='{root}'", "data.workers=0", "data.image_size=16", *overrides)
     return build_datamodule(config.data, seed=0)
+
+
+def picture_of(width, height):
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -111,3 +120,51 @@ def test_folders_that_cannot_be_classified_are_refused(picture_folder, tmp_path)
         find_pictures(single)
     with pytest.raises(UserError, match="empty; expected one sub-folder"):
         find_pictures(single / "only")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),  # a program, for Ghostscript
+        (picture_of(1, 9), "1 x 9 pixels; sides are 2 to 30000"),
+        (picture_of(60_000, 2), "60000 x 2 pixels"),
+        (picture_of(20_000, 20_000), "exceeds limit"),
+    ],
+)
+def test_what_is_no_picture_of_a_usual_kind_and_size_is_unreadable(picture_folder, content, reason):
+    (picture_folder / "дубы" / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=rf"unreadable pictures: .*x\.png \(.*{reason}"):
+        module(picture_folder)
+
+
+@pytest.mark.parametrize("name", ["дубы/x.png", "дубы/deeper", "birch", "train"])
+def test_a_link_out_of_the_folder_is_refused(picture_folder, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (picture_folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=f"{name}: a link out of data.root, to .*/outside"):
+        find_pictures(picture_folder)
+
+
+def test_links_within_the_folder_and_to_it_are_followed(picture_folder, tmp_path):
+    (picture_folder / "copy").symlink_to("дубы")
+    (picture_folder / "дубы" / "again.png").symlink_to("n° 0.png")
+    (picture_folder / "дубы" / "circle.png").symlink_to("circle.png")
+    (tmp_path / "link").symlink_to(picture_folder)
+    found = find_pictures(tmp_path / "link")
+    assert [found.labels.count(label) for label in range(3)] == [41, 41, 40]
+    assert found.classes == ["copy", "дубы", "ясень & co"]
+
+
+def test_pictures_come_in_the_order_of_their_paths(picture_folder):
+    folder = picture_folder / "дубы"
+    for name in ("a/b.png", "a b/c.png", "a.png", "a/a/d.PNG", "ä.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(next(folder.glob("n*.png")).read_bytes())
+    found = [path for path in find_pictures(picture_folder).files if folder in path.parents]
+    assert found == sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_name_that_is_not_text_is_refused(picture_folder):
+    (picture_folder / os.fsdecode(b"\xff")).mkdir()
+    with pytest.raises(UserError, match=r"\\udcff: its name is not UTF-8"):
+        find_pictures(picture_folder)

@@ -1,6 +1,7 @@
 """A folder of pictures, one sub-folder a class: found, decoded alike, kept in memory or streamed from disk."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gaplab.data.resident import Resident, Source, moments, pixel_sums
 from gaplab.errors import UserError
+from gaplab.files import plain
 
+# What cameras and programs write; not EPS or WMF, which are programs themselves, and not what hardly anyone has tried
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+MIN_SIDE, MAX_SIDE = 2, 30_000  # pixels; Pillow itself refuses more than 89 million of them
+MAX_DEPTH = 100
 ALIASES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
@@ -31,47 +38,94 @@ class Folder:
 def find_pictures(root: Path) -> Folder:
     """The pictures below `root/<class>/`, or below `root/<part>/<class>/` when there is a `root/train`, sorted by name.
 
-    Raises UserError for an empty folder, a class without a picture, a single class, or a class that only
-    `valid` or `test` has.
+    Folders that are links are looked into at the level of parts and classes only. Raises UserError for an empty folder,
+    a class without a picture, a single class, a class that only `valid` or `test` has, a link that leads out of `root`,
+    and a name that is not UTF-8.
     """
+    real = Path(os.path.realpath(root))
     parts = {"train": root}
     if (root / "train").is_dir():
-        parts = {ALIASES[path.name]: path for path in _folders(root) if path.name in ALIASES}
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    classes = [path.name for path in _folders(parts["train"])]
+        parts = {ALIASES[path.name]: path for path in _folders(root, real) if path.name in ALIASES}
+    classes = [path.name for path in _folders(parts["train"], real)]
     found = Folder([], [], [], classes)
     if not classes:
-        raise UserError(f"data.root={root}: empty; expected one sub-folder of pictures for each class")
+        raise UserError(f"data.root={plain(root)}: empty; expected one sub-folder of pictures for each class")
     if len(classes) == 1:
-        raise UserError(f"data.root={root}: a single class ({classes[0]}); at least two are needed")
+        raise UserError(f"data.root={plain(root)}: a single class ({plain(classes[0])}); at least two are needed")
     for part, folder in parts.items():
-        for class_folder in _folders(folder):
+        for class_folder in _folders(folder, real):
             if class_folder.name not in classes:
-                raise UserError(f"{class_folder}: a class that train/ does not have")
-            files = sorted(
-                path for path in class_folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
-            )
+                raise UserError(f"{plain(class_folder)}: a class that train/ does not have")
+            files = list(_pictures(class_folder, real))
             if not files and part == "train":
-                raise UserError(f"{class_folder}: no picture in this class folder")
+                raise UserError(
+                    f"{plain(class_folder)}: no picture in this class folder ({', '.join(sorted(SUFFIXES))})"
+                )
             found.files += files
             found.labels += [classes.index(class_folder.name)] * len(files)
             found.parts += [part] * len(files)
     return found
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _folders(path: Path, root: Path) -> list[Path]:
+    """The folders in `path`, hidden ones left out, sorted by name."""
+    found = [Path(entry) for entry in _entries(path) if not entry.name.startswith(".") and os.path.isdir(entry)]
+    for folder in found:
+        _check_entry(folder, root, folder.is_symlink())
+    return found
+
+
+def _pictures(folder: Path, root: Path, depth: int = 0) -> Iterator[Path]:
+    """The pictures at any depth below `folder`, in the order of their paths' parts. No link to a folder is followed."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{plain(folder)}: more than {MAX_DEPTH} folders deep")
+    for entry in _entries(folder):
+        link = entry.is_symlink()
+        if link and os.path.isdir(entry):
+            _check_entry(Path(entry), root, link)
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _pictures(Path(entry), root, depth + 1)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            if link or not entry.name.isascii():
+                _check_entry(Path(entry), root, link)
+            # a pipe, a socket or a device would keep us waiting
+            if os.path.isfile(entry) if link else entry.is_file(follow_symlinks=False):
+                yield Path(entry)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{plain(folder)}: cannot be read ({error.strerror})") from None
+
+
+def _check_entry(path: Path, root: Path, link: bool) -> None:
+    """Raises UserError for a name that is not UTF-8, which no report could show, or a link that leads out of `root`."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{plain(path)}: its name is not UTF-8; rename it") from None
+    if link and not (target := Path(os.path.realpath(path))).is_relative_to(root):
+        raise UserError(
+            f"{plain(path)}: a link out of data.root, to {plain(target)}; copy that here, or make data.root the folder "
+            "that holds both"
+        )
 
 
 def decode(path: Path, size: int, channels: int) -> Tensor:
     """A picture file of any mode as uint8 (channels, size, size): scaled by its shorter side, then cut to its middle.
 
-    The camera's orientation is applied, 16-bit grey keeps its upper 8 bits, transparency is laid on white. Raises
-    OSError or ValueError when the file is no picture, is cut off, or is unreasonably large.
+    The camera's orientation is applied, 16-bit grey keeps its upper 8 bits, transparency is laid on white. Of several
+    frames, the first counts. Raises whatever the decoder of a file raises that is no picture of `FORMATS`, is cut off,
+    or is unreasonably small or large.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
+            if not MIN_SIDE <= min(opened.size) <= max(opened.size) <= MAX_SIDE:
+                raise ValueError(f"{' x '.join(map(str, opened.size))} pixels; sides are {MIN_SIDE} to {MAX_SIDE}")
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):  # 16 bits in one channel, which convert() would clip
                 picture = Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -100,14 +154,8 @@ class PictureFiles(Dataset[tuple[Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
             return decode(self.files[index], self.size, self.channels), ""
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+        except Exception as error:  # of a file that is made to break decoders, it may be any; MemoryError, too
+            reason = plain(str(error).partition("\n")[0] or type(error).__name__)
             return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), reason
 
 
@@ -175,7 +223,7 @@ def load_pictures(
             pixels[indices] = images
         sums[indices] = torch.stack([pixel_sums(image[None]) for image in images])
         broken |= {int(index): reason for index, reason in zip(indices, reasons, strict=True) if reason}
-    names = [f"{folder.files[index]} ({reason})" for index, reason in broken.items()]
+    names = [f"{plain(folder.files[index])} ({reason})" for index, reason in broken.items()]
     if broken and not skip_broken:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise UserError(
@@ -191,7 +239,7 @@ def load_pictures(
         )
         for label, name in enumerate(folder.classes):
             if label not in (found for found, part in zip(folder.labels, folder.parts, strict=True) if part == "train"):
-                raise UserError(f"class {name}: every picture of it is unreadable")
+                raise UserError(f"class {plain(name)}: every picture of it is unreadable")
     labels = torch.tensor(folder.labels, dtype=torch.int64)
     if keep:
         return Resident(pixels[good] if broken else pixels, labels), folder, names
