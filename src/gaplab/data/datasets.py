@@ -1,6 +1,7 @@
 """torchvision's data sets, and any other `torch.utils.data.Dataset`, as uint8 tensors."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from gaplab.data.resident import Resident
 from gaplab.errors import UserError
+from gaplab.files import plain
 from gaplab.targets import accepted, load_class
 
 
@@ -28,23 +30,33 @@ def load_dataset(
     """
     dataset_class = load_class(target, allowed_targets, Dataset, "data._target_")
     root = str(Path(root).expanduser())
+    given = accepted(dataset_class, {"root": root, "download": True})
+    for kwargs in (train_kwargs, test_kwargs):
+        try:
+            inspect.signature(dataset_class).bind(**given | kwargs)
+        except TypeError as error:
+            raise UserError(f"data.train_kwargs, data.test_kwargs: {error}") from None
     parts = []
     with _locked(Path(root)):
         verify_archives(dataset_class, Path(root))
         for kwargs in (train_kwargs, test_kwargs):
             try:
-                parts.append(dataset_class(**accepted(dataset_class, {"root": root, "download": True}), **kwargs))
-            except TypeError as error:
-                raise UserError(f"data.train_kwargs, data.test_kwargs: {error}") from None
-            except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
-                reason = str(error).strip().replace("\n", " ") or type(error).__name__
+                parts.append(dataset_class(**given | kwargs))
+            except Exception as error:  # of files that are made to break their reader, it may be any; MemoryError, too
+                reason = plain(str(error).strip().replace("\n", " ") or type(error).__name__)
                 raise UserError(
                     f"data.root={root}: {dataset_class.__name__} is neither there in a readable form nor to be "
                     f"downloaded ({reason[:300]}); a damaged unpacked file is made anew when you delete it"
                 ) from None
     train, test = (to_tensors(part) for part in parts)
     classes = getattr(parts[0], "classes", None) or [str(label) for label in range(int(train.labels.max()) + 1)]
-    return train, test, [str(name).partition(" - ")[0] for name in classes]  # MNIST's are "0 - zero" …
+    for part in (train, test):
+        if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < len(classes):
+            raise UserError(
+                f"data.root={root}: {dataset_class.__name__} has labels from {int(part.labels.min())} to "
+                f"{int(part.labels.max())}, and {len(classes)} classes"
+            )
+    return train, test, [plain(name).partition(" - ")[0] for name in classes]  # MNIST's are "0 - zero" …
 
 
 @contextlib.contextmanager
@@ -63,6 +75,8 @@ def verify_archives(dataset_class: Any, root: Path) -> None:
     """Compare the archives that lie there with the MD5 sums that the class publishes. Raises UserError."""
     published: list[tuple[Path, str]] = []
     if isinstance(getattr(dataset_class, "resources", None), list):  # MNIST and its kin
+        for path in (root / dataset_class.__name__ / "processed").glob("*.pt"):  # read before those that have a sum
+            raise UserError(f"{plain(path)}: data without a checksum, unpacked before 2021; delete it, raw/ is enough")
         folder = root / dataset_class.__name__ / "raw"
         published += [(folder / name, md5) for name, md5 in dataset_class.resources]
     if hasattr(dataset_class, "tgz_md5"):  # CIFAR
@@ -79,6 +93,21 @@ def to_tensors(dataset: Any) -> Resident:
 
     Raises UserError for pictures of different sizes or values that are not uint8.
     """
+    name = type(dataset).__name__
+    try:
+        pixels, labels = _arrays(dataset)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"data._target_: {name} holds no pictures with labels ({plain(error)[:200]})") from None
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
+        raise UserError(f"data._target_: {name} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures")
+    if len(labels) != len(pixels):
+        raise UserError(f"data._target_: {name} holds {len(pixels)} pictures and {len(labels)} labels")
+    return Resident(pixels, labels)
+
+
+def _arrays(dataset: Any) -> tuple[Tensor, Tensor]:
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if hasattr(dataset, "data") and labels is not None:
         pixels = torch.as_tensor(np.asarray(dataset.data))
@@ -91,11 +120,7 @@ def to_tensors(dataset: Any) -> Resident:
         if len({image.shape for image, _ in samples}) != 1:
             raise UserError(f"data._target_: {type(dataset).__name__} holds pictures of different sizes, or none")
         pixels, labels = torch.stack([image for image, _ in samples]), [label for _, label in samples]
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-        raise UserError(
-            f"data._target_: {type(dataset).__name__} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures"
-        )
-    return Resident(pixels, torch.as_tensor(np.asarray(labels), dtype=torch.int64).flatten())
+    return pixels, torch.as_tensor(np.asarray(labels, dtype=np.int64)).flatten()
 
 
 def _picture(image: Any) -> Tensor:
