@@ -1,5 +1,6 @@
 import os
 import subprocess
+import zipfile
 
 import pytest
 import torch
@@ -53,3 +54,24 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         ChecksumIO().save_checkpoint(VALUES | {"epoch": 3}, path)
     assert read_checkpoint(path)["epoch"] == 2
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
+
+
+def test_only_stored_entries_are_read(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    torch.save(VALUES, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data/1", bytes(10_000_000))
+    with pytest.raises(UserError, match=r"bomb\.ckpt: has compressed entries"):
+        read_checkpoint(path)
+
+
+def test_what_is_no_archive_with_named_values_is_refused(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save(VALUES, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint, or cut off"):
+        read_checkpoint(path)
+    torch.save([1], path)
+    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint, it holds no named values"):
+        read_checkpoint(path)
+    with pytest.raises(UserError, match=r"gone\.ckpt: no such file"):
+        read_checkpoint(tmp_path / "gone.ckpt")
