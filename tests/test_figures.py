@@ -58,3 +58,19 @@ def test_activations_show_percentiles_of_at_most_six_layers_one_unit_and_the_dea
     ]
     assert [line.get_label() for line in dead.lines] == [f"layer {layer}" for layer in shown]
     assert np.allclose(dead.lines[0].get_ydata(), [100 * values["act/1/dead"] for _, values in looks])
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "$x^2$", "a\nb", "😀", r"\$ $"])
+def test_names_are_written_as_they_are(tmp_path, name):
+    figure = figures.confusion_matrix(np.eye(2, dtype=np.int64), [name, "b"], name)
+    figures.save_figure(figure, tmp_path / "a.png")
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == [name, "b"]
+    assert not any(text.get_parse_math() for text in [*labels, figure.axes[0].title])
+
+
+def test_the_ticks_of_a_log_axis_stay_powers(tmp_path):
+    images = np.zeros((4, 1, 8, 8), np.uint8)
+    figure = figures.normalization(images, np.zeros(1), np.ones(1))
+    figures.save_figure(figure, tmp_path / "a.png")
+    assert all(label.get_parse_math() for label in figure.axes[3].get_yticklabels())

@@ -1,12 +1,14 @@
 """The pictures of one run, drawn with matplotlib and written as PNG."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 TRAIN, VALID, GREY = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind: Okabe, Ito
@@ -18,8 +20,26 @@ def save_figures(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> lis
     paths = []
     for name, draw in drawings.items():
         paths.append(folder / f"{name}.png")
-        draw().savefig(paths[-1], dpi=120, facecolor="white")
+        save_figure(draw(), paths[-1])
     return paths
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, names in it as they are: a `$` begins no formula, except in the ticks of a log axis."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            for labels, formatter in (
+                (axis.get_majorticklabels(), axis.get_major_formatter()),
+                (axis.get_minorticklabels(), axis.get_minor_formatter()),
+            ):
+                for label in labels:
+                    label.set_parse_math(isinstance(formatter, LogFormatter))
+    path.unlink(missing_ok=True)  # a link there would lead the figure elsewhere
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an empty box says so
+        figure.savefig(path, dpi=120, facecolor="white")
 
 
 def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:

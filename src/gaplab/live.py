@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gaplab.files import read_json
+from gaplab.files import plain, read_json
 from gaplab.tracking.journal import read_journal
 
 POLL_S = 0.5
@@ -61,7 +61,7 @@ class LiveView:
                 if ended(result := read_json(folder / "result.json")):
                     self._results[folder] = result
                     if not terminal:
-                        self._console.print(self._line(folder, result), soft_wrap=True)
+                        self._console.print(self._line(folder, result), markup=False, soft_wrap=True)
             if terminal:
                 self._live.update(self._display(), refresh=True)
         if terminal:
@@ -70,7 +70,7 @@ class LiveView:
     def _line(self, folder: Path, result: dict[str, Any]) -> str:
         head = f"{len(self._results)}/{len(self._epochs)}  {folder.name}"
         if result["status"] != "FINISHED":
-            return f"{head}  {result['status']}: {result.get('error')}"
+            return plain(f"{head}  {result['status']}: {result.get('error')}")
         return (
             f"{head}  train {result['train_acc']:.4f}  valid {result['valid_acc']:.4f}  "
             f"gap {100 * result['gap_acc']:+.2f} pp  {result['total_s']:.1f} s"
@@ -162,14 +162,14 @@ def print_outcome(
             escape(label),
             str(len(done)),
             str(len(mine) - len(done) or ""),
-            *(_spread([result[name] for result in done], digits, factor) for name, digits, factor in (
+            *(_spread([result.get(name) for result in done], digits, factor) for name, digits, factor in (
                 ("train_acc", 4, 1), ("valid_acc", 4, 1), ("gap_acc", 2, 100), ("test_acc", 4, 1))),
         )  # fmt: skip
     console.print(table)
     bad = [(name, result) for name, result, lost in zip(names, results, failed, strict=True) if lost]
     for name, result in bad[:SHOWN_FAILURES]:
-        why = f"{result['status']}: {result.get('error') or 'interrupted'}" if result else "not run"
-        console.print(f"{name}  {why}", markup=False, soft_wrap=True)
+        why = f"{result.get('status')}: {result.get('error') or 'interrupted'}" if result else "not run"
+        console.print(plain(f"{name}  {why}"), markup=False, soft_wrap=True)
     if len(bad) > SHOWN_FAILURES:
         console.print(f"… and {len(bad) - SHOWN_FAILURES} more")
     if problem:
@@ -179,8 +179,8 @@ def print_outcome(
     console.print("next      python src/report.py    (intervals, tests and verdicts)", soft_wrap=True)
 
 
-def _spread(values: list[float | None], digits: int, factor: float) -> str:
-    known = [factor * value for value in values if value is not None]
+def _spread(values: list[Any], digits: int, factor: float) -> str:
+    known = [factor * value for value in values if isinstance(value, int | float) and abs(value) < 1e100]
     if not known:
         return ""
     sd = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""

@@ -25,7 +25,7 @@ from gaplab import config as configs
 from gaplab import interrupt, launch
 from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
-from gaplab.files import read_json, write_whole
+from gaplab.files import plain, read_json, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
@@ -33,6 +33,7 @@ PROBE_SAMPLES = 4000
 STOP = ".stop"  # in a sweep's folder: its jobs in other processes are to stop
 STOP_POLL_S = 0.1
 STOP_WAIT_S = 4.5
+JOB_FOLDER = re.compile(r"[A-Za-z0-9=+_-][A-Za-z0-9.=+_-]{0,254}")  # as `config.slug` makes them
 NOT_SWEPT = ("sweep.", "paths.", "tracking.", "hydra.")
 
 
@@ -85,8 +86,6 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         outputs = Path(hydra_config.paths.outputs)
         folder = find_sweep(outputs, resume)
         jobs = saved_jobs(folder)
-        for job in jobs:
-            configs.check_trust(job.config, typed)
     else:
         jobs = _compose(hydra_config, context, params, typed)
         settings = jobs[0].config
@@ -94,6 +93,8 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         name = settings.sweep.claim or settings.name or f"{settings.data.name}_{settings.model.name}"
         folder = find_sweep(outputs, resume) if resume else _new_folder(outputs, name)
         jobs = _placed(folder, saved_jobs(folder) if resume else [], jobs)
+    for job in jobs:  # saved ones, too
+        configs.check_trust(job.config, typed)
     settings = jobs[0].config
     finished = [job for job in jobs if is_finished(job.folder, job.config)]
     waiting = [job for job in jobs if job not in finished]
@@ -157,15 +158,39 @@ def find_sweep(outputs: Path, name: str = "latest") -> Path:
 
 def saved_jobs(folder: Path) -> list[Job]:
     """The jobs of a sweep, in order. Raises UserError."""
-    try:
-        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'sweep.json'}: cannot be read ({type(error).__name__})") from None
+    _refuse_links(folder)
     found = []
-    for job in jobs:
-        path = folder / job["folder"]
-        found.append(Job(path, job["overrides"], configs.load(path / "config.yaml")))
+    for name, overrides in listed_jobs(folder):
+        _refuse_links(folder / name)
+        found.append(Job(folder / name, overrides, configs.load(folder / name / "config.yaml")))
     return found
+
+
+def listed_jobs(folder: Path) -> list[tuple[str, list[str]]]:
+    """The folder of each job of a sweep, a name inside the sweep's, and what was said for it. Raises UserError."""
+    path = folder / "sweep.json"
+    jobs = read_json(path).get("jobs")
+    if not isinstance(jobs, list):
+        raise UserError(f"{plain(path)}: cannot be read (no list of jobs)")
+    found: dict[str, list[str]] = {}
+    for job in jobs:
+        name, overrides = (job.get("folder"), job.get("overrides")) if isinstance(job, dict) else (job, None)
+        if not isinstance(name, str) or not JOB_FOLDER.fullmatch(name) or name in found:
+            raise UserError(f"{plain(path)}: {plain(name)[:80]!r} is not the folder of a job inside this sweep")
+        if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+            raise UserError(f"{plain(path)}: the overrides of {name} are no list of words")
+        found[name] = overrides
+    return list(found.items())
+
+
+def _refuse_links(folder: Path) -> None:
+    """A sweep that goes on writes and deletes in its folders; no link may lead that elsewhere. Raises UserError."""
+    try:
+        links = [Path(entry) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError as error:
+        raise UserError(f"{plain(folder)}: cannot be read ({error.strerror})") from None
+    for link in links:
+        raise UserError(f"{plain(link)}: a link, to {plain(os.path.realpath(link))}; replace it by what it leads to")
 
 
 def is_finished(folder: Path, config: Config) -> bool:
@@ -269,7 +294,7 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
         raise UserError(f"paths.outputs: {folder} cannot be written ({error.strerror})") from None
     said = [configs.masked(word) for word in typed]
     path = folder / "sweep.json"
-    before = json.loads(path.read_text()) if path.is_file() else {"overrides": said, "resumed": []}
+    before = {"overrides": said, "resumed": []} | read_json(path)
     description = {
         "name": folder.name,
         "claim": jobs[0].config.sweep.claim,

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gaplab import config as configs
@@ -20,7 +21,7 @@ from gaplab.analysis.claims import Verdict, judge
 from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
-from gaplab.files import write_whole
+from gaplab.files import plain, write_whole
 from gaplab.sweep import running
 from gaplab.tracking.journal import Tracker
 
@@ -96,6 +97,8 @@ def _folder(found: Collection, settings: configs.Report, outputs: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = found.folder / "report" if found.folder else outputs / "reports" / f"{stamp}_{secrets.token_hex(3)}"
     folder = Path(settings.output).expanduser().absolute() if settings.output else folder
+    if found.folder and folder.is_symlink() and not settings.output:
+        raise UserError(f"{plain(folder)}: a link, to {plain(folder.resolve())}; name that with output=…, or delete it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,16 +178,18 @@ def _write(
     """Figures first, for the page shows them; all files of the report."""
     from gaplab.analysis.figures import drawings
     from gaplab.analysis.page import render
+    from gaplab.figures import save_figure
 
     paths: dict[str, Path] = {}
     for index, (part, description) in enumerate(zip(parts, content["sections"], strict=True)):
         prefix = f"{configs.slug(part.data)}_{index}_" if len(parts) > 1 else ""
         for name, draw in drawings(part, metrics).items():
             path = folder / f"{prefix}{name}.png"
-            draw().savefig(path, dpi=120, facecolor="white")
+            save_figure(draw(), path)
             description["figures"].append(path.name)
             paths[path.name] = path
     rows = list(tidy(runs))
+    (folder / "runs.csv").unlink(missing_ok=True)  # a link there would lead the table elsewhere
     with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -197,11 +202,12 @@ def _write(
 def _print(
     console: Console, found: Collection, parts: list[Section], verdicts: list[Verdict], metrics: list[str]
 ) -> None:
-    console.print(f"[bold]{found.title}[/bold]  {len(found.runs)} runs", soft_wrap=True)
+    console.print(f"[bold]{escape(found.title)}[/bold]  {len(found.runs)} runs", soft_wrap=True)
     for verdict in verdicts:
         colour = COLOURS[verdict.verdict]
         needed = f" ({verdict.seeds_needed} seeds would decide)" if verdict.seeds_needed else ""
-        console.print(f"\n{verdict.question} [bold {colour}]{verdict.verdict}[/]{needed}: {verdict.summary}")
+        said = f"{verdict.verdict}[/]{needed}: {escape(verdict.summary)}"
+        console.print(f"\n{verdict.question} [bold {colour}]{said}")
         for line in verdict.evidence:
             console.print(f"  {line}", markup=False, soft_wrap=True)
     for note in found.notes:
@@ -217,14 +223,14 @@ def _print(
 
 
 def _conditions(part: Section, metrics: list[str]) -> Table:
-    table = Table(title=f"{part.data}: last epoch, mean ± sd over seeds [95 % interval]", title_justify="left",
+    table = Table(title=f"{escape(part.data)}: last epoch, mean ± sd over seeds [95 % interval]", title_justify="left",
                   title_style="bold", box=box.SIMPLE_HEAD)  # fmt: skip
     table.add_column("condition")
     for heading in ("seeds", *metrics):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(escape(heading), justify="right", no_wrap=True)
     for one in part.conditions:
         seeds = str(len(next(iter(one.values.values()), {})))
-        table.add_row(one.label, seeds, *(_estimate(metric, one.estimate(metric)) for metric in metrics))
+        table.add_row(escape(one.label), seeds, *(_estimate(metric, one.estimate(metric)) for metric in metrics))
     return table
 
 
@@ -232,14 +238,14 @@ def _print_contrasts(
     console: Console, part: Section, metric: str, family: str, contrasts: list[stats.Contrast]
 ) -> None:
     what = "effects of the factors" if family == "effects" else f"against {part.conditions[0].label}"
-    table = Table(title=f"{metric}: {what}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(f"{metric}: {what}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("contrast")
     for heading in ("seeds", "difference [95 % interval]", "d", "p (Holm)", "p (equivalent)", "verdict"):
         table.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
     for one in contrasts[:SHOWN_CONTRASTS]:
         needed = f" ({one.seeds_needed} seeds would decide)" if one.seeds_needed else ""
         table.add_row(
-            one.name,
+            escape(one.name),
             str(one.n),
             _interval(metric, one.difference, one.low, one.high),
             "–" if one.effect_size is None else f"{one.effect_size:+.1f}",

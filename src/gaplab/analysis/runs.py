@@ -1,6 +1,5 @@
 """Runs read back, from their folders or from MLflow, as one kind of record."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,9 @@ import yaml
 
 from gaplab import config as configs
 from gaplab.errors import UserError
-from gaplab.files import read_json
-from gaplab.sweep import find_sweep
-from gaplab.tracking.journal import read_journal, read_receipt
+from gaplab.files import check_yaml, plain, read_json, read_text
+from gaplab.sweep import find_sweep, listed_jobs
+from gaplab.tracking.journal import LARGEST, read_journal, read_receipt
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
@@ -94,18 +93,17 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
 
         parent, children, deleted = read_children(uri, name)
         notes = [f"{deleted} of its runs are deleted in MLflow"] if deleted else []
-        return Collection(parent, [_from_mlflow(child) for child in children], notes=notes)
+        return Collection(plain(parent), _from_mlflow(children, notes), notes=notes)
     folder = find_sweep(outputs, name)
-    try:
-        jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder / 'sweep.json'}: cannot be read") from None
     found = Collection(folder.name, [], folder)
-    for job in jobs:
-        if (folder / job["folder"]).is_dir():
-            found.runs.append(read_run(folder / job["folder"]))
-        else:
-            found.notes.append(f"the folder of job {job['folder']} is gone")
+    for job, _ in listed_jobs(folder):
+        if not (folder / job).is_dir():
+            found.notes.append(f"the folder of job {job} is gone")
+            continue
+        try:
+            found.runs.append(read_run(folder / job))
+        except UserError as error:
+            found.notes.append(f"left out, unreadable: {error}")
     return found
 
 
@@ -123,10 +121,10 @@ def _run_folder(outputs: Path, name: str) -> Path | None:
 
 
 def read_run(folder: Path) -> Run:
-    """A run from its folder; one that has not begun has the status WAITING."""
-    settings: dict[str, str] = {}
+    """A run from its folder; one that has not begun has the status WAITING. Raises UserError."""
+    settings: dict[str, Any] = {}
     history: dict[str, dict[int, float]] = {}
-    tags: dict[str, str] = {}
+    tags: dict[str, Any] = {}
     digest, classes = "", 0
     for event in read_journal(folder):
         if event["event"] == "run":  # of another attempt, too
@@ -136,39 +134,68 @@ def read_run(folder: Path) -> Run:
         elif event["event"] == "tags":
             tags |= event["values"]
         elif event["event"] == "dataset":
-            digest, classes = event["digest"], int(event["profile"].get("classes", 0))
+            digest, classes = event["digest"], event["profile"].get("classes", 0)
         elif event["event"] == "metrics":
             for name, value in event["values"].items():
                 history.setdefault(name, {})[event["step"]] = value
-    if not settings:
-        settings = _settings_of_file(folder / "config.yaml")
-    result = read_json(folder / "result.json")
+    result, receipt = read_json(folder / "result.json"), read_receipt(folder)
     status = str(result.get("status", "WAITING"))
-    return Run(
-        name=folder.name,
-        seed=int(settings["seed"]),
-        status=status if status in ENDED or not history else "RUNNING",
-        settings=_deciding(settings),
-        metrics={name: values[max(values)] for name, values in history.items()},
-        history=history,
-        diverged=bool(result.get("diverged")),
-        error=result.get("error"),
-        run_id=read_receipt(folder).get("run_id") or result.get("run_id"),
-        claim=_claim(settings),
-        sweep=tags.get("sweep", ""),
-        digest=digest,
-        classes=classes,
+    return _run(
+        str(folder),
+        {
+            "run_id": receipt.get("run_id") or result.get("run_id"),
+            "name": folder.name,
+            "status": status if status in ENDED or not history else "RUNNING",
+            "params": settings or _settings_of_file(folder / "config.yaml"),
+            "tags": {"sweep": tags.get("sweep"), "diverged": result.get("diverged"), "error": result.get("error")},
+            "metrics": {name: values[max(values)] for name, values in history.items()},
+            "history": history,
+            "digest": digest,
+            "classes": classes,
+        },
     )
 
 
-def _settings_of_file(path: Path) -> dict[str, str]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _settings_of_file(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    check_yaml(text, str(path), resolved=True)
     try:
-        raw = yaml.load(path.read_text(), loader)
+        raw = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         raw.pop("defaults")
-    except (OSError, yaml.YAMLError, AttributeError, KeyError):
-        raise UserError(f"{path}: not a config that gaplab wrote") from None
-    return {name: str(value) for name, value in configs.flatten(raw).items()}
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{plain(path)}: not a config that gaplab wrote") from None
+    return configs.flatten(raw)
+
+
+def _run(origin: str, found: dict[str, Any]) -> Run:
+    """A record of what was found, as `tracking.store` gives it. Raises UserError.
+
+    Text in it says nothing to a terminal. A number that is not finite, or too large to reckon with, is not measured.
+    """
+    params = {plain(name): plain(value) for name, value in found["params"].items()}
+    tags = {name: plain(value) for name, value in found["tags"].items() if value is not None}
+    seed = params.get("seed", "")
+    if not (seed.isascii() and seed.isdigit() and len(seed) <= 10):
+        raise UserError(f"{plain(origin)}: its seed is no number")
+    return Run(
+        name=tags.get("job", plain(found["name"])),
+        seed=int(seed),
+        status=plain(found["status"]),
+        settings=_deciding(params),
+        metrics=_measured(found["metrics"]),
+        history={plain(name): _measured(values) for name, values in found["history"].items()},
+        diverged=tags.get("diverged", "").lower() == "true",
+        error=tags.get("error"),
+        run_id=None if found["run_id"] is None else plain(found["run_id"]),
+        claim=_claim(params),
+        sweep=tags.get("sweep", ""),
+        digest=plain(found["digest"]),
+        classes=found["classes"] if isinstance(found["classes"], int) else 0,
+    )
+
+
+def _measured(values: dict[Any, float]) -> dict[Any, float]:
+    return {plain(name) if isinstance(name, str) else name: one for name, one in values.items() if abs(one) <= LARGEST}
 
 
 def _claim(settings: dict[str, str]) -> str | None:
@@ -189,27 +216,17 @@ def _stored(uri: str, ids: Iterable[str], notes: list[str]) -> dict[str, Run]:
 
     runs, missing = read_runs(uri, list(ids))
     notes += [f"run {one}: {why}" for one, why in missing.items()]
-    return {run["run_id"]: _from_mlflow(run) for run in runs}
+    return {str(run.run_id): run for run in _from_mlflow(runs, notes)}
 
 
-def _from_mlflow(stored: dict[str, Any]) -> Run:
-    params, tags = stored["params"], stored["tags"]
-    history = stored["history"]
-    return Run(
-        name=tags.get("job", stored["name"]),
-        seed=int(params.get("seed", 0)),
-        status=stored["status"],
-        settings=_deciding(params),
-        metrics=stored["metrics"],
-        history=history,
-        diverged=tags.get("diverged") == "true",
-        error=tags.get("error"),
-        run_id=stored["run_id"],
-        claim=_claim(params),
-        sweep=tags.get("sweep", ""),
-        digest=stored["digest"],
-        classes=stored["classes"],
-    )
+def _from_mlflow(stored: Iterable[dict[str, Any]], notes: list[str]) -> list[Run]:
+    runs = []
+    for one in stored:
+        try:
+            runs.append(_run(f"run {one['run_id']} in MLflow", one))
+        except UserError as error:
+            notes.append(f"left out, unreadable: {error}")
+    return runs
 
 
 def tidy(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:

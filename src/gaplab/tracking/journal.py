@@ -22,6 +22,14 @@ from gaplab.files import read_json
 
 SEND_WAIT_S = 60
 RECEIPT_WAIT_S = 5
+LARGEST = 1e100  # of a metric; what is larger, or not a number, can only have been put there
+FIELDS: dict[str, type] = {
+    "name": str, "uri": str, "path": str, "status": str, "digest": str, "values": dict, "profile": dict, "step": int,
+}  # fmt: skip
+NEEDED = {
+    "params": ("values",), "tags": ("values",), "metrics": ("step", "values"), "dataset": ("digest", "profile"),
+    "child": ("path",),
+}  # fmt: skip
 
 
 def journal_of(folder: Path) -> Path:
@@ -29,15 +37,31 @@ def journal_of(folder: Path) -> Path:
 
 
 def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events in a run's folder so far; a line that a crash cut off is left out."""
+    """The events in a run's folder so far; a line that a crash cut off is left out, and one that says no event."""
     if not journal_of(folder).is_file():
         return
-    with journal_of(folder).open(encoding="utf-8") as file:
+    with journal_of(folder).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except ValueError:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if _is_event(event):
+                yield event
+
+
+def _is_event(found: Any) -> bool:
+    """Whether it has the fields that are read back, each of its kind."""
+    if not (isinstance(found, dict) and isinstance(found.get("event"), str)):
+        return False
+    if not all(isinstance(found.get(name, kind()), kind) for name, kind in FIELDS.items()):
+        return False
+    if not all(name in found for name in NEEDED.get(found["event"], ())):
+        return False
+    if found["event"] == "metrics":
+        step, values = found["step"], found["values"].values()
+        return 0 <= step < 2**53 and all(type(one) in (int, float) and abs(one) <= LARGEST for one in values)
+    return True
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
