@@ -15,6 +15,7 @@ from conftest import assert_refused, train_py
 from gaplab import config as configs
 from gaplab import sweep
 from gaplab.analysis import runs as analysis
+from gaplab.errors import UserError
 from gaplab.tracking.journal import read_journal
 
 JOBS = ["model.bn=false,true", "seed=0,1"]
@@ -203,3 +204,17 @@ def test_every_claim_composes_all_of_its_jobs(name: str):
     assert configs.config_hash(ends[0]) != configs.config_hash(ends[1])
     if name.endswith("_full") and name != "identity_full":
         assert len({job[-1] for job in jobs}) >= 6  # seeds
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", ".", "", "a/b", ".git", 5, None])
+def test_the_jobs_of_a_sweep_are_folders_inside_it(name, tmp_path: Path):
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [{"folder": name, "overrides": []}]}))
+    with pytest.raises(UserError, match=r"sweep\.json: .* is not the folder of a job inside this sweep"):
+        sweep.saved_jobs(tmp_path)
+
+
+def test_a_sweep_with_a_link_is_not_gone_on_with(tmp_path: Path):
+    (tmp_path / "sweep.json").write_text('{"jobs": []}')
+    (tmp_path / "0_job").symlink_to(tmp_path.parent)
+    with pytest.raises(UserError, match="0_job: a link, to "):
+        sweep.saved_jobs(tmp_path)
