@@ -65,6 +65,16 @@ def read_text(path: Path) -> str:
         raise UserError(f"{plain(path)}: cannot be read ({error.strerror or type(error).__name__})") from None
 
 
+def refuse_links(folder: Path) -> None:
+    """What goes on writes and deletes in its folder; no link there may lead that elsewhere. Raises UserError."""
+    try:
+        links = [Path(entry) for entry in os.scandir(folder) if entry.is_symlink()]
+    except OSError as error:
+        raise UserError(f"{plain(folder)}: cannot be read ({error.strerror})") from None
+    for link in links:
+        raise UserError(f"{plain(link)}: a link, to {plain(os.path.realpath(link))}; replace it by what it leads to")
+
+
 def check_yaml(text: str, origin: str, resolved: bool = False) -> None:
     """Refuse a YAML document that a loader should not be given. Raises UserError that names `origin`.
 

@@ -18,7 +18,7 @@ from gaplab import config as configs
 from gaplab import interrupt
 from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
-from gaplab.files import explain_disk, read_json, write_whole
+from gaplab.files import explain_disk, read_json, refuse_links, write_whole
 from gaplab.result import RunResult, print_summary
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
@@ -140,6 +140,9 @@ def resume(wanted: Config, typed: list[str]) -> RunResult | None:
         raise UserError(f"resume: goes on with the run's own config, so {others[0]} cannot be said; begin a new run")
     assert wanted.resume is not None
     folder = find_run(Path(wanted.paths.outputs), wanted.resume)
+    for one in (folder, folder / "checkpoints"):
+        if one.is_dir():
+            refuse_links(one)
     config = configs.load(folder / "config.yaml")
     configs.check_trust(config, typed)
     result = read_json(folder / "result.json")

@@ -25,7 +25,7 @@ from gaplab import config as configs
 from gaplab import interrupt, launch
 from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
-from gaplab.files import plain, read_json, write_whole
+from gaplab.files import plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
@@ -158,10 +158,10 @@ def find_sweep(outputs: Path, name: str = "latest") -> Path:
 
 def saved_jobs(folder: Path) -> list[Job]:
     """The jobs of a sweep, in order. Raises UserError."""
-    _refuse_links(folder)
+    refuse_links(folder)
     found = []
     for name, overrides in listed_jobs(folder):
-        _refuse_links(folder / name)
+        refuse_links(folder / name)
         found.append(Job(folder / name, overrides, configs.load(folder / name / "config.yaml")))
     return found
 
@@ -181,16 +181,6 @@ def listed_jobs(folder: Path) -> list[tuple[str, list[str]]]:
             raise UserError(f"{plain(path)}: the overrides of {name} are no list of words")
         found[name] = overrides
     return list(found.items())
-
-
-def _refuse_links(folder: Path) -> None:
-    """A sweep that goes on writes and deletes in its folders; no link may lead that elsewhere. Raises UserError."""
-    try:
-        links = [Path(entry) for entry in os.scandir(folder) if entry.is_symlink()]
-    except OSError as error:
-        raise UserError(f"{plain(folder)}: cannot be read ({error.strerror})") from None
-    for link in links:
-        raise UserError(f"{plain(link)}: a link, to {plain(os.path.realpath(link))}; replace it by what it leads to")
 
 
 def is_finished(folder: Path, config: Config) -> bool:
