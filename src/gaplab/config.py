@@ -60,8 +60,9 @@ RESNETS = (
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
-POSITIVE = Range(1)
-COUNT_OR_FRACTION = Range(0, ends="()")
+POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
+SCALE = Range(0, 1e38, "(]")  # what float32 can hold
+COUNT_OR_FRACTION = Range(0, 10**9, "(]")
 
 
 @dataclass
@@ -78,13 +79,13 @@ class Model:
         ("before_activation", "after_activation"),
     )
     bn_momentum: float = key(0.1, "Weight of the newest batch in the running statistics.", Range(0, 1, "(]"))
-    bn_eps: float = key(1e-5, "Added to the variance under the root.", Range(0, ends="()"))
+    bn_eps: float = key(1e-5, "Added to the variance under the root.", SCALE)
     dropout: float = key(0.0, "Probability of dropping a unit.", Range(0, 1, "[)"))
     init: str = key(
         "kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS
     )
-    init_gain: float = key(1.0, "Factor on the initializer's own scale.", Range(0, ends="()"))
-    init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", Range(0, ends="()"))
+    init_gain: float = key(1.0, "Factor on the initializer's own scale.", SCALE)
+    init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", SCALE)
     activation: str = key("relu", "Activation function.", ACTIVATIONS)
     kwargs: dict[str, Any] = key({}, "Further constructor arguments for a network of your own.")
 
@@ -102,7 +103,11 @@ class CNN(Model):
 
 @dataclass
 class ResNet(Model):
-    depth: int = key(20, "Layers: 6n+2 (three stages, for CIFAR) or 18 (four stages).", Range(8))
+    depth: int = key(
+        20,
+        "Layers: 6n+2 (three stages, for CIFAR; the paper's deepest has 1202) or 18 (four stages).",
+        Range(8, 1202),
+    )
     widths: list[int] | None = key(
         None, "Channels of each stage; null means [16, 32, 64], or [64, 128, 256, 512] at depth 18.", POSITIVE
     )
@@ -162,26 +167,26 @@ class ImageFolder(Data):
     channels: int = key(3, "3 for colour, 1 for grey.", Range(1, 3))
     skip_broken: bool = key(False, "Leave unreadable pictures out instead of stopping.")
     memory_budget_gb: float = key(4.0, "Decoded pictures above this many GB are streamed from disk.", Range(0))
-    workers: int = key(2, "Processes that decode pictures.", Range(0, 256))
+    workers: int = key(2, "Processes that decode pictures, at most one a core.", Range(0, 256))
 
 
 @dataclass
 class Optimizer:
     _target_: str = key(UNSET, "Class of the optimizer, a torch.optim.Optimizer.")
-    lr: float = key(1e-3, "Learning rate.", Range(0, ends="()"))
-    weight_decay: float = key(0.0, "Weight decay.", Range(0))
+    lr: float = key(1e-3, "Learning rate.", SCALE)
+    weight_decay: float = key(0.0, "Weight decay.", Range(0, 1e38))
     decay_norm_and_bias: bool = key(False, "Apply weight decay to BatchNorm parameters and biases too.")
 
 
 @dataclass
 class Adam(Optimizer):
     betas: list[float] = key([0.9, 0.999], "Decay of the two running averages of the gradient.", Range(0, 1, "[)"))
-    eps: float = key(1e-8, "Added to the denominator.", Range(0, ends="()"))
+    eps: float = key(1e-8, "Added to the denominator.", SCALE)
 
 
 @dataclass
 class SGD(Optimizer):
-    lr: float = key(0.1, "Learning rate.", Range(0, ends="()"))
+    lr: float = key(0.1, "Learning rate.", SCALE)
     momentum: float = key(0.9, "Momentum.", Range(0, 1, "[)"))
     nesterov: bool = key(False, "Nesterov momentum.")
 
@@ -193,7 +198,7 @@ class Scheduler:
 
 @dataclass
 class Cosine(Scheduler):
-    min_lr: float = key(0.0, "Learning rate at the end.", Range(0))
+    min_lr: float = key(0.0, "Learning rate at the end.", Range(0, 1e38))
 
 
 @dataclass
@@ -217,9 +222,7 @@ class Trainer:
     early_stopping: int | None = key(
         None, "Stop after this many epochs without a better valid/acc; null never.", POSITIVE
     )
-    gradient_clip_val: float | None = key(
-        None, "Largest L2 norm of the gradient; null for no limit.", Range(0, ends="()")
-    )
+    gradient_clip_val: float | None = key(None, "Largest L2 norm of the gradient; null for no limit.", SCALE)
     accumulate_grad_batches: int = key(1, "Mini-batches whose gradients make one optimizer step.", POSITIVE)
     threads: int | None = key(
         None,
