@@ -10,9 +10,9 @@ BAD = {
     "model.bn=maybe": "model.bn: Value 'maybe'",
     "model.dropout=1": "model.dropout=1.0: must be a number in [0, 1)",
     "model.init=glorot": "model.init=glorot: choose one of kaiming_normal, kaiming_uniform, xavier_normal",
-    "optimizer.lr=-1": "optimizer.lr=-1.0: must be a finite number > 0",
-    "optimizer.lr=nan": "optimizer.lr=nan: must be a finite number > 0",
-    "data.batch_size=0": "data.batch_size=0: must be a finite number ≥ 1",
+    "optimizer.lr=-1": "optimizer.lr=-1.0: must be a number in (0, 1e+38]",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be a number in (0, 1e+38]",
+    "data.batch_size=0": "data.batch_size=0: must be a number in [1, 1e+09]",
     "data.valid_size=70000": "data.valid_size=70000: must be below 60000",
     "trainer.devices=99": "trainer.devices=99: there is 1 device here",
     "trainer.accelerator=cuda": "trainer.accelerator=cuda: no CUDA device here",
@@ -29,6 +29,10 @@ BAD = {
     "tracking.uri=file:///x": "tracking.uri=file:///x: must begin with one of sqlite://",
     "tracking.tags.who=me": "tracking.tags.who: not there yet; add it with a plus sign, +tracking.tags.who=…",
     "seed=-5": "seed=-5: must be",
+    "model.init_gain=1e308": "model.init_gain=1e+308: must be a number in (0, 1e+38]",
+    "model.hidden_dims=[1,1000000000000]": "model.hidden_dims=1000000000000: must be a number in [1, 1e+09]",
+    "model=resnet model.depth=6000002": "model.depth=6000002: must be a number in [8, 1202]",
+    "experiment=null": "a config group takes the name of one of its choices",
     "experiment=nope": "experiment=nope: choose one of baseline",
 }
 
@@ -39,6 +43,14 @@ def test_wrong_input_ends_in_one_line_and_status_2(arguments: str, tmp_path: Pat
     done = train_py(f"paths.outputs={outputs}", *arguments.split(), cwd=tmp_path)
     assert_refused(done, BAD[arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["a\nb", "\x1b[31m", "x" * 100_000])
+def test_what_was_typed_is_shown_in_one_line_of_bounded_length(value: str, tmp_path: Path):
+    done = train_py(f"model.init='{value}'", cwd=tmp_path)
+    assert_refused(done, "choose one of kaiming_normal, kaiming_uniform")
+    assert done.stderr.strip().isprintable()
+    assert len(done.stderr) < 3000
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path):

@@ -48,6 +48,7 @@ gaplab: what a sweep says, as tables, figures, verdicts and one HTML page.
 Change any key with key=value:
 
 {keys}"""
+LONGEST = 2000  # characters of a message; what was typed may be longer, and stands in front of what is allowed
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
@@ -118,6 +119,11 @@ def report(error: Exception) -> int:
 
 def explain(error: BaseException) -> str:
     """One line for any error, in the words of the config keys where it came from composing the config."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in _words_for(error))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+
+
+def _words_for(error: BaseException) -> str:
     from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -138,15 +144,21 @@ def explain(error: BaseException) -> str:
         return f"{cause.full_key}: no such key{where}; {did_you_mean(cause.key, known)}known: {', '.join(known)}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {_first_line(cause)}" if cause.full_key else _first_line(cause)
-    if isinstance(error, ConfigCompositionException | UserError | TrainingError):
+    if isinstance(error, UserError | TrainingError):
+        return str(error)
+    if isinstance(error, ConfigCompositionException):
         return _first_line(error)
+    if isinstance(error, ValueError) and "onfig group override" in str(error):
+        return f"a config group takes the name of one of its choices: {_first_line(error)}"
     if isinstance(error, OSError):
         return str(error)
     return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """And the second, where the first only announces it."""
+    first, _, rest = str(error).strip().partition("\n")
+    return f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first
 
 
 def _keys(node: Any) -> list[str]:
