@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,12 @@ class RunResult:
     error: str | None = None
 
     def write(self, folder: Path) -> None:
-        write_whole(folder / "result.json", json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        """A loss that is not finite is None, for JSON: the test split may have one where the others have none."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        write_whole(folder / "result.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 RESULT_NAMES = {
