@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import SMALL, composed
 
-from gaplab import launch
+from gaplab import launch, worker
 from gaplab.data.loader import EpochOrder
-from gaplab.errors import TrainingError
+from gaplab.errors import TrainingError, UserError
 from gaplab.nn.build import build_network
 from gaplab.training.classifier import Classifier
+from gaplab.training.gap import predict
 
 TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "condition", "config_hash"}
 TOGGLES = ["model.bn=true", "model.dropout=0.3", "data.augment=crop_flip", "data.label_noise=0.1", "data.batch_size=96"]
@@ -224,3 +225,40 @@ def test_pictures_of_ones_own_train_the_same_resident_or_streamed(run, picture_f
     assert untimed(resident) == untimed(streamed)
     assert resident["train_acc"] > 0.8
     assert resident["test_acc"] is None
+
+
+def test_a_test_loss_that_is_not_finite_leaves_a_result_without_one(run, monkeypatch):
+    def predicted(network, batches):
+        logits, labels = predict(network, batches)
+        return logits.index_fill(0, torch.tensor([0]), float("nan")), labels
+
+    monkeypatch.setattr(worker, "predict", predicted)
+    result, folder = run()
+    assert result["status"] == "FINISHED"
+    assert result["test_loss"] is None
+    assert 0.5 < result["test_acc"] < 1
+    assert '"nonfinite/test/loss": ' in (folder / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.threads=1024"], r"trainer\.threads=1024: at most \d+ here, 8 a core"),
+        (["model.hidden_dims=[100000000]"], r"model=mlp: 79,500,000,010 parameters .* need 1,\d\d\d\.\d GB"),
+        (["model=cnn", "model.widths=[4,4000000]"], r"model=cnn: .* GB of memory or more"),
+        (["model=cnn", "model.widths=[1000000000,1000000000]"], r"model\._target_=gaplab.nn.cnn.CNN: cannot be"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused_before_it_is_tried(run, monkeypatch, overrides, said):
+    monkeypatch.setattr(worker, "memory", lambda: 10**11)
+    with pytest.raises(UserError, match=said):
+        run(*overrides)
+
+
+def test_running_out_of_memory_is_one_line(run, monkeypatch):
+    def exhausted(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(Classifier, "training_step", exhausted)
+    with pytest.raises(TrainingError, match=r"^out of memory; a smaller network, data\.batch_size or"):
+        run()

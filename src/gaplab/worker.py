@@ -22,10 +22,12 @@ from gaplab import config as configs
 from gaplab import figures, interrupt
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule
-from gaplab.errors import UserError
+from gaplab.errors import TrainingError, UserError
+from gaplab.machine import memory, usable_cores
 from gaplab.metrics import Score
 from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
+from gaplab.nn.footprint import Footprint, footprint
 from gaplab.nn.init import lsuv_
 from gaplab.result import RESULT_NAMES, RunResult
 from gaplab.tracking.journal import Tracker
@@ -35,6 +37,7 @@ from gaplab.training.classifier import Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict
 from gaplab.training.progress import ProgressBar
 
+THREADS_PER_CORE = 8  # more wait for each other: at 500, a step of a small network takes minutes
 LSUV_SAMPLES = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -52,13 +55,28 @@ def run(config: Config, folder: Path, tracker: Tracker, result: RunResult, start
 
     Raises UserError, TrainingError, Interrupted.
     """
-    with quiet_lightning():
-        _run(config, folder, tracker, result, started, console)
+    try:
+        with quiet_lightning():
+            _run(config, folder, tracker, result, started, console)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory; a smaller network, data.batch_size or data.eval_batch_size needs less "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, started: float, console: Console) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
+        if config.trainer.threads > (most := THREADS_PER_CORE * usable_cores()):
+            raise UserError(f"trainer.threads={config.trainer.threads}: at most {most} here, {THREADS_PER_CORE} a core")
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
     data = build_datamodule(
@@ -204,9 +222,9 @@ def _keep_freed_memory() -> None:
 
 
 def _build_network(config: Config, data: DataModule) -> Network:
-    network = build_network(
-        asdict(config.model), data.in_shape, len(data.classes), config.seed, tuple(config.allowed_targets)
-    )
+    model, shape, classes, allowed = asdict(config.model), data.in_shape, len(data.classes), config.allowed_targets
+    _refuse_what_memory_cannot_hold(config, data, footprint(model, shape, classes, tuple(allowed)))
+    network = build_network(model, shape, classes, config.seed, tuple(allowed))
     network.normalize.set_(data.mean, data.std, binary=config.data.normalize == "binary")
     train = data.splits["train"]
     if config.model.init == "lsuv":
@@ -216,6 +234,20 @@ def _build_network(config: Config, data: DataModule) -> Network:
         except ValueError as error:
             raise UserError(str(error)) from None
     return network
+
+
+def _refuse_what_memory_cannot_hold(config: Config, data: DataModule, size: Footprint) -> None:
+    """On a GPU, the weights alone: they are drawn here, and what the GPU cannot hold it says itself."""
+    longest = max(len(part.indices) for part in data.splits.values())
+    batch = min(config.data.batch_size, len(data.splits["train"].indices))
+    width = 8 if config.trainer.precision == "64-true" else 4
+    on_cpu = _accelerator(config.trainer.accelerator) == "cpu"
+    needed = size.bytes(batch, min(config.data.eval_batch_size, longest), width) if on_cpu else width * size.params
+    if needed > (available := memory()):
+        raise UserError(
+            f"model={config.model.name}: {size.params:,} parameters and data.batch_size={config.data.batch_size} need "
+            f"{needed / 1e9:,.1f} GB of memory or more; there are {available / 1e9:,.1f}"
+        )
 
 
 def _record(result: RunResult, measured: GapCallback) -> None:

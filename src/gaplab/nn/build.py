@@ -26,6 +26,26 @@ class Network(nn.Module):
         return self.body(self.normalize(images))
 
 
+def plan(
+    model: dict[str, Any], in_shape: tuple[int, int, int], num_classes: int, allowed_targets: tuple[str, ...]
+) -> tuple[type, dict[str, Any]]:
+    """The class of `build_network`'s network, and the arguments that it is built with."""
+    target = model["_target_"]
+    network_class = load_class(target, allowed_targets, nn.Module, "model._target_")
+    own = {
+        name: value for name, value in model.items() if name not in (*TOGGLES, *INITIAL, "_target_", "name", "kwargs")
+    }
+    layers = Layers(**{name: model[name] for name in TOGGLES})
+    offered = {"in_shape": tuple(in_shape), "num_classes": num_classes, "layers": layers, **own}
+    arguments = accepted(network_class, offered) | model["kwargs"]
+    if "layers" not in arguments and (model["bn"] or model["dropout"]):
+        raise UserError(
+            f"model._target_={target}: takes no argument `layers`, so model.bn and model.dropout cannot act in it; "
+            "switch them off, or build its layers with it"
+        )
+    return network_class, arguments
+
+
 def build_network(
     model: dict[str, Any],
     in_shape: tuple[int, int, int],
@@ -44,19 +64,7 @@ def build_network(
 
     Raises UserError when the class cannot be reached or built, or takes no `layers` while a toggle is on.
     """
-    target = model["_target_"]
-    network_class = load_class(target, allowed_targets, nn.Module, "model._target_")
-    own = {
-        name: value for name, value in model.items() if name not in (*TOGGLES, *INITIAL, "_target_", "name", "kwargs")
-    }
-    layers = Layers(**{name: model[name] for name in TOGGLES})
-    offered = {"in_shape": tuple(in_shape), "num_classes": num_classes, "layers": layers, **own}
-    arguments = accepted(network_class, offered) | model["kwargs"]
-    if "layers" not in arguments and (model["bn"] or model["dropout"]):
-        raise UserError(
-            f"model._target_={target}: takes no argument `layers`, so model.bn and model.dropout cannot act in it; "
-            "switch them off, or build its layers with it"
-        )
+    network_class, arguments = plan(model, in_shape, num_classes, allowed_targets)
     with torch.random.fork_rng(
         devices=[]
     ):  # constructors draw weights that init_ replaces; leave the run's stream alone
@@ -64,7 +72,7 @@ def build_network(
         try:
             body = network_class(**arguments)
         except (TypeError, ValueError) as error:
-            raise UserError(f"model._target_={target}: {error}") from None
+            raise UserError(f"model._target_={model['_target_']}: {error}") from None
     init_(body, model["init"], model["init_gain"], model["init_std"], model["activation"], seed)
     network = Network(Normalize(in_shape[0]), body)
     return network.to(memory_format=torch.channels_last)  # torch's convolutions are faster so, on CPU too
