@@ -7,6 +7,7 @@ import torch
 from conftest import composed
 from PIL import Image
 
+from gaplab.data import pictures
 from gaplab.data.datamodule import build_datamodule
 from gaplab.data.pictures import Streamed, decode, find_pictures
 from gaplab.data.resident import Resident
@@ -168,3 +169,15 @@ def test_a_name_that_is_not_text_is_refused(picture_folder):
     (picture_folder / os.fsdecode(b"\xff")).mkdir()
     with pytest.raises(UserError, match=r"\\udcff: its name is not UTF-8"):
         find_pictures(picture_folder)
+
+
+def test_a_crop_that_could_leave_the_picture_is_refused(picture_folder):
+    assert module(picture_folder, "data.augment=crop", "data.crop_padding=15")
+    with pytest.raises(UserError, match=r"data\.crop_padding=16: must be below 16, the side of the pictures"):
+        module(picture_folder, "data.augment=crop_flip", "data.crop_padding=16")
+
+
+def test_more_workers_than_cores_are_not_started(monkeypatch):
+    monkeypatch.setattr(pictures, "usable_cores", lambda: 1)
+    loader = pictures._loader(pictures.PictureFiles([], 8, 3), [[0], [1], [2]], workers=256)
+    assert loader.num_workers == 1

@@ -60,6 +60,9 @@ class DataModule(LightningDataModule):
         self.std = std if data.normalize == "standardize" else torch.ones_like(std)
         sampler = EpochOrder(splits["train"].indices, seed)
         self._loader = ChunkLoader(self._read_train, sampler, data.batch_size, chunk_size, drop_single)
+        side = min(self.in_shape[1:])
+        if "crop" in data.augment and data.crop_padding >= side:
+            raise UserError(f"data.crop_padding={data.crop_padding}: must be below {side}, the side of the pictures")
         if self._loader.steps == 0:
             raise UserError(f"data.batch_size={data.batch_size}: the train split has one sample, too few for BatchNorm")
         if self._loader.drops_single:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from gaplab.data.resident import Resident, Source, moments, pixel_sums
 from gaplab.errors import UserError
 from gaplab.files import plain
+from gaplab.machine import usable_cores
 
 # What cameras and programs write; not EPS or WMF, which are programs themselves, and not what hardly anyone has tried
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
@@ -199,6 +200,7 @@ class Streamed:
 
 def _loader(pictures: PictureFiles, batches: list[list[int]], workers: int) -> DataLoader[tuple[Tensor, str]]:
     generator = torch.Generator().manual_seed(0)  # the loader would otherwise draw from the run's own stream
+    workers = min(workers, len(batches), usable_cores())  # more would wait for each other
     return DataLoader(pictures, batch_sampler=batches, num_workers=workers, generator=generator)
 
 
