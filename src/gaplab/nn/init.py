@@ -73,7 +73,7 @@ def lsuv_(network: nn.Module, images: Tensor, gain: float = 1.0) -> None:
         def hook(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
             std = float(output.double().std())
             if not std > 0:
-                raise ValueError(f"init=lsuv: the output of layer {name} is constant, it cannot be scaled")
+                raise ValueError(f"model.init=lsuv: the output of layer {name} is constant, it cannot be scaled")
             layer.weight.mul_(gain / std)
             return output * (gain / std)
 
