@@ -103,7 +103,7 @@ def job(task: Callable[[Any], None]) -> Callable[[Any], None]:
     def guarded(cfg: Any) -> None:
         try:
             task(cfg)
-        except (UserError, TrainingError) as error:
+        except Exception as error:  # Hydra would print the overrides first
             if SHOW_TRACEBACK:
                 raise
             sys.exit(report(error))

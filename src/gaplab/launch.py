@@ -239,5 +239,9 @@ def _git() -> Iterator[tuple[str, str]]:
 def overrides() -> list[str]:
     """What was typed after `train.py`; nothing when gaplab is used as a library."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    if not HydraConfig.initialized():
+        return []
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # ${…} in them stays as it is
+    return list(words)
