@@ -85,7 +85,7 @@ class Model:
         "kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS
     )
     init_gain: float = key(1.0, "Factor on the initializer's own scale.", SCALE)
-    init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", SCALE)
+    init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", Range(0, 1e37, "(]"))
     activation: str = key("relu", "Activation function.", ACTIVATIONS)
     kwargs: dict[str, Any] = key({}, "Further constructor arguments for a network of your own.")
 
@@ -372,6 +372,10 @@ def report_from_hydra(cfg: Any) -> Report:
     config = _to_object(cfg)
     assert isinstance(config, Report)
     _check_ranges(config)
+    _check_texts(config)
+    folder("paths.outputs", config.paths.outputs)
+    if config.output is not None:
+        folder("output", config.output)
     return config
 
 
@@ -382,7 +386,7 @@ def listed(value: Any) -> list[str]:
 
 def _to_object(cfg: Any) -> Any:
     from omegaconf import OmegaConf, flag_override
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
     try:
         with flag_override(cfg, "readonly", False):
@@ -390,6 +394,13 @@ def _to_object(cfg: Any) -> Any:
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
+    except InterpolationResolutionError as error:  # does not always say where
+        for name, value in flatten(OmegaConf.to_container(cfg, resolve=False)).items():
+            try:
+                OmegaConf.to_container(OmegaConf.create([OmegaConf.select(cfg, name)]), resolve=True)
+            except InterpolationResolutionError:
+                raise UserError(f"{name}={value}: {str(error).partition(chr(10))[0]}") from None
+        raise
     _refuse_additions(cfg, config)
     return config
 
@@ -549,6 +560,8 @@ def describe(config: Any) -> Iterator[str]:
 def _check_ranges(config: Any) -> None:
     for name, value, metadata in _walk(config):
         allowed = metadata.get("allowed")
+        if isinstance(value, list) and any(isinstance(one, list | dict) for one in value):
+            raise UserError(f"{name}={value}: must be a list of single values")  # OmegaConf lets it pass
         if allowed is None or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
@@ -558,10 +571,36 @@ def _check_ranges(config: Any) -> None:
                 raise UserError(f"{name}={one}: {did_you_mean(one, allowed)}choose one of {', '.join(allowed)}")
 
 
+def _check_texts(config: Any) -> None:
+    """Refuse texts that could not be written into config.yaml and read back. Raises UserError."""
+    for name, value in flatten(config).items():
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{name}={value}: ${{ is read as a reference to another key, and cannot be part of a value")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"{name}={value}: not UTF-8 text")
+
+
+def folder(name: str, value: str) -> Path:
+    """The folder that a key names, whether it is there or not. Raises UserError for what cannot name one."""
+    if not value.strip():
+        raise UserError(f"{name}='{value}': must be the path of a folder")
+    try:
+        path = Path(value).expanduser().absolute()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, ~ of an unknown user
+        raise UserError(f"{name}={value}: cannot be a folder ({getattr(error, 'strerror', None) or error})") from None
+    return path
+
+
 def check(config: Config) -> None:
     """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
     _check_ranges(config)
+    _check_texts(config)
     model, data, trainer = config.model, config.data, config.trainer
+    folder("paths.outputs", config.paths.outputs)
+    folder("data.root", data.root)
     check_target(model._target_, config.allowed_targets, "model._target_")
     check_target(config.optimizer._target_, config.allowed_targets, "optimizer._target_")
     if isinstance(data, TorchvisionData):

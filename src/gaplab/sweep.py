@@ -27,6 +27,7 @@ from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
+from gaplab.machine import usable_cores
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 PROBE_SAMPLES = 4000
@@ -150,7 +151,7 @@ def find_sweep(outputs: Path, name: str = "latest") -> Path:
         if not found:
             raise UserError(f"no sweep in {sweeps}; run one with python src/train.py -m …")
         return found[-1]
-    for folder in (Path(name).expanduser().absolute(), sweeps / name):
+    for folder in (configs.folder("sweep", name), sweeps / name):
         if (folder / "sweep.json").is_file():
             return folder
     raise UserError(f"{name}: no sweep there (no sweep.json), nor in {sweeps}")
@@ -432,7 +433,7 @@ def _set_parallel(hydra_config: Any, settings: Config) -> int:
     launcher = hydra_config.hydra.launcher
     if "joblib" not in launcher._target_:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if launcher.n_jobs == -1:
         with open_dict(hydra_config):
             launcher.n_jobs = max(1, cores // (settings.trainer.threads or 1))

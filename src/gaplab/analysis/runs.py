@@ -114,7 +114,7 @@ def is_run_id(name: str) -> bool:
 def _run_folder(outputs: Path, name: str) -> Path | None:
     if is_run_id(name):
         return None
-    for folder in (Path(name).expanduser().absolute(), outputs / "runs" / name, *outputs.glob(f"sweeps/*/{name}")):
+    for folder in (configs.folder("runs", name), outputs / "runs" / name, *outputs.glob(f"sweeps/*/{name}")):
         if (folder / "config.yaml").is_file():
             return folder
     raise UserError(f"runs: {name} is neither a run's folder nor an MLflow run id")
