@@ -56,5 +56,5 @@ bench: $(READY) ## seconds an epoch, beside a hand-written loop and plain Lightn
 	@$(BIN)/python benchmarks/training.py
 
 clean: ## remove .venv and caches; data and outputs stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

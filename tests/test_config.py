@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from conftest import composed
+from generated import judge_commands
 from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
@@ -147,3 +148,10 @@ def test_a_config_of_a_tracking_server_is_somebody_elses(old, new, said):
 def test_too_large_a_number_is_out_of_range():
     assert 10**400 not in configs.POSITIVE
     assert -(10**400) not in configs.Range(-1)
+
+
+def test_generated_commands_train_or_are_refused_in_a_line(tmp_path):
+    """`make test-faults` judges 600."""
+    counts = judge_commands(25, tmp_path)
+    assert counts["trained"] >= 3
+    assert counts["refused"] >= 3
