@@ -333,10 +333,6 @@ SCHEMAS: dict[str, tuple[type, ...]] = {
 }
 
 
-def absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
 def slug(text: str) -> str:
     """`text` as a file name that needs no quoting anywhere, at most 80 characters."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")[:80]
@@ -390,7 +386,7 @@ def _to_object(cfg: Any) -> Any:
 
     try:
         with flag_override(cfg, "readonly", False):
-            cfg.paths.outputs = absolute(cfg.paths.outputs)  # other addresses are made from it
+            cfg.paths.outputs = str(folder("paths.outputs", cfg.paths.outputs))  # other addresses are made from it
         config = OmegaConf.to_object(cfg)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: a value is needed; give {error.full_key}=…") from None
@@ -436,7 +432,8 @@ def to_yaml(config: Config) -> str:
     """The resolved config as a file that Hydra can run again, schemas included, from wherever it is read."""
     from omegaconf import OmegaConf
 
-    config = replace(config, data=replace(config.data, root=absolute(config.data.root)))
+    root = folder("data.root", config.data.root)
+    config = replace(config, data=replace(config.data, root=str(root)))
     schemas = [f"- schema@{group}: {type(getattr(config, group)).__name__}" for group in SCHEMAS]
     defaults = "\n".join(
         ["defaults:", "- schema", *schemas, "- hydra/settings", "- _self_", "- override hydra/sweeper: gaplab"]
@@ -505,7 +502,9 @@ def decides(name: str) -> bool:
 def _said(config: Config) -> dict[str, Any]:
     """What decides the numbers; of a folder of pictures, that is the folder."""
     said = {name: value for name, value in flatten(config).items() if decides(name)}
-    return said | ({"data.root": absolute(config.data.root)} if isinstance(config.data, ImageFolder) else {})
+    return said | (
+        {"data.root": str(folder("data.root", config.data.root))} if isinstance(config.data, ImageFolder) else {}
+    )
 
 
 def config_hash(config: Config) -> str:
