@@ -9,10 +9,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report test check format ui bench clean
+.PHONY: help setup train sweep report sync test test-faults check format ui bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv; the other targets do this by themselves
 
@@ -35,8 +35,14 @@ sweep: $(READY) ## BatchNorm x dropout x initializer x 6 seeds on MNIST, under 1
 report: $(READY) ## tables, figures and verdicts of the newest sweep
 	@$(BIN)/python src/report.py
 
+sync: $(READY) ## send to MLflow what it does not have yet
+	@$(BIN)/python src/sync.py
+
 test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest -q -p no:cacheprovider
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/faults
+
+test-faults: $(READY) ## runs beside an MLflow server that is away, slow or broken, some minutes
+	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
 
 check: $(READY) ## lint, format, types and the floors between the packages
 	@$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 
 from gaplab import interrupt
-from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra
+from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra, sync_from_hydra
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain
 from gaplab.foreign import check_words
@@ -49,6 +49,17 @@ Change any key with key=value:
 
 {keys}"""
 LONGEST = 2000  # characters of a message; what was typed may be longer, and stands in front of what is allowed
+SYNC_HELP = """\
+gaplab: send to MLflow what it does not have yet, because its server was away while a run or a sweep went on.
+
+  python src/sync.py                                       all in outputs/runs and outputs/sweeps
+  python src/sync.py paths.outputs=<folder>                those of another folder
+
+Nothing is sent twice; runs that are still going send for themselves.
+
+Change any key with key=value:
+
+{keys}"""
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
@@ -83,6 +94,11 @@ def train_help(overrides: list[str]) -> str:
 def report_help(overrides: list[str]) -> str:
     """What can be typed, as in `train_help`."""
     return REPORT_HELP.format(keys=_keys_of(report_from_hydra(_compose("report", overrides))))
+
+
+def sync_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return SYNC_HELP.format(keys=_keys_of(sync_from_hydra(_compose("sync", overrides))))
 
 
 def _compose(name: str, overrides: list[str]) -> Any:

@@ -323,6 +323,13 @@ class Report:
     paths: Paths = field(default_factory=Paths)
 
 
+@dataclass
+class Sync:
+    """What `src/sync.py` sends to MLflow."""
+
+    paths: Paths = field(default_factory=Paths)
+
+
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model, MLP, CNN, ResNet, TorchvisionResNet),
     "data": (TorchvisionData, ImageFolder),
@@ -345,6 +352,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="report_schema", node=Report)
+    store.store(name="sync_schema", node=Sync)
     for classes in SCHEMAS.values():
         for schema in classes:
             store.store(group="schema", name=schema.__name__, node=schema)
@@ -372,6 +380,13 @@ def report_from_hydra(cfg: Any) -> Report:
     folder("paths.outputs", config.paths.outputs)
     if config.output is not None:
         folder("output", config.output)
+    return config
+
+
+def sync_from_hydra(cfg: Any) -> Sync:
+    """The typed config of a sync. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Sync)
     return config
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +13,12 @@ import pytest
 from conftest import composed
 
 from gaplab import config as configs
-from gaplab.tracking.journal import Tracker, journal_of, read_journal
-from gaplab.tracking.mlflow import Journal, _follow, main
+from gaplab.config import Tracking
+from gaplab.errors import TrainingError
+from gaplab.tracking.journal import Tracker, journal_of, read_journal, read_receipt
+from gaplab.tracking.mlflow import RefusedError, follow, is_permanent, main
+from gaplab.tracking.outbox import Journal
+from gaplab.tracking.sync import sync
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +140,6 @@ def test_the_rest_is_sent_when_the_writer_dies(tmp_path: Path):
         text=True,
     )
     sender = int(done.stdout)
-    import time
-
     deadline = time.monotonic() + 60
     while Path(f"/proc/{sender}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -144,18 +148,37 @@ def test_the_rest_is_sent_when_the_writer_dies(tmp_path: Path):
     run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
         json.loads((tmp_path / "mlflow.json").read_text())["run_id"]
     )
-    assert (run.info.status, run.data.metrics) == ("FAILED", {"train/acc": 0.5})
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"train/acc": 0.5})
 
 
 def test_a_server_that_is_not_there_costs_seconds_and_loses_nothing(tmp_path: Path, capfd):
-    tracking = composed("tracking.uri=http://127.0.0.1:9", f"paths.outputs={tmp_path}").tracking
+    tracking = composed("tracking.uri=http://me:secret@127.0.0.1:9", f"paths.outputs={tmp_path}").tracking
     tracker = Tracker(tmp_path, tracking, "alone", {})
     tracker.metrics({"train/acc": 0.5}, step=1)
+    start = time.monotonic()
+    tracker.wait_for_run()
     assert tracker.finish("FINISHED") is None
+    assert time.monotonic() - start < 10.5
     error = capfd.readouterr().err
-    assert error.startswith("MLflow does not have the whole run: ")
+    assert error.startswith("MLflow does not have the whole run")
     assert error.count("\n") == 1
+    assert "python src/sync.py" in error
+    assert "secret" not in error
     assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1])["status"] == "FINISHED"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Callable[[str], Tracking]:
+    """A SQLite store for experiments of any name: making one takes seconds."""
+    outputs = tmp_path_factory.mktemp("store")
+    return lambda name: composed(f"paths.outputs={outputs}", f"tracking.experiment={name}").tracking
+
+
+def runs_of(tracking) -> list:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking.uri)
+    return client.search_runs([client.get_experiment_by_name(tracking.experiment).experiment_id])
 
 
 class SenderInThisProcess:
@@ -164,7 +187,7 @@ class SenderInThisProcess:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def wait(self, timeout: float) -> int:
+    def poll(self) -> int:
         return main(self._folder, os.getppid())
 
 
@@ -174,9 +197,9 @@ def sender_in_this_process(monkeypatch):
 
 
 def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(
-    tmp_path: Path, capfd, sender_in_this_process
+    tmp_path: Path, capfd, sender_in_this_process, store
 ):
-    tracking = composed(f"paths.outputs={tmp_path}").tracking
+    tracking = store("refused")
     tracker = Tracker(tmp_path, tracking, "refused", {})
     tracker.metrics({"train/acc": 0.25}, step=1)
     tracker.artifact(tmp_path / "nowhere.png")
@@ -195,8 +218,9 @@ def test_a_journal_is_read_line_by_whole_line_and_gone_on_with_where_it_was_sent
     journal = Journal(tmp_path)
     journal.run_id = "r"
     assert [(event["event"], new) for event, new in journal.read()] == [("tags", True)]
+    journal.sent()
     journal.save()
-    assert list(journal.read()) == []
+    assert journal.read() == []
     with path.open("a") as file:
         file.write('nt": "finish", "status": "FINISHED"}\n')
     again = Journal(tmp_path)
@@ -213,10 +237,10 @@ def test_a_line_that_a_crash_cut_off_spoils_no_other(tmp_path: Path):
     assert [event["event"] for event in read_journal(tmp_path)] == ["run", "run", "tags", "metrics", "finish"]
 
 
-def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, sender_in_this_process):
+def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, sender_in_this_process, store):
     from mlflow import MlflowClient
 
-    tracking = composed(f"paths.outputs={tmp_path}").tracking
+    tracking = store("twice")
     first = Tracker(tmp_path, tracking, "twice", {})
     first.metrics({"gap/acc": 0.1}, 1)
     run_id = first.finish("FAILED")
@@ -236,67 +260,292 @@ def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, send
 
 
 class Recorder:
-    """Stands for `Sender`: notes what it is given, refuses metrics while `down`."""
+    """Stands for `Sender`: notes what it is given, and raises what `trouble` says of an event before or after that."""
 
     calls: ClassVar[list[tuple[str, str]]] = []
-    down = False
+    trouble: ClassVar[Callable[[str, str], Exception | None]]
 
     def __init__(self, store) -> None:
-        pass
+        if error := self.trouble("", "connect"):
+            raise error
 
-    def adopt(self, parent: str) -> None:
-        pass
-
-    def send(self, journal: Journal, event) -> None:
-        if self.down and event["event"] == "metrics":
-            raise ConnectionError("server is gone")
-        journal.run_id = journal.run_id or journal.folder.name
-        self.calls.append((journal.folder.name, event.get("status") or event["event"]))
+    def send(self, journal: Journal, entry, parent) -> None:
+        name, word = journal.folder.name, entry.event.get("status") or entry.event["event"]
+        if error := self.trouble(name, word):
+            raise error
+        assert (parent is not None) == (name == "job")
+        journal.run_id = journal.run_id or name
+        self.calls.append((name, word))
 
 
 def write(folder: Path, *events: str) -> None:
     folder.mkdir(exist_ok=True)
     with journal_of(folder).open("a") as file:
         for word in events:
-            event = {"event": word, "time": 0, "step": 1, "values": {"gap/acc": 0.1}, "path": str(folder / "job")}
-            file.write(json.dumps(event | ({"status": "FINISHED"} if word == "finish" else {})) + "\n")
+            event = {"event": word, "time": 5, "step": 1, "values": {"gap/acc": 0.1}, "path": str(folder / "job")}
+            event |= {"status": "FINISHED"} if word == "finish" else {"uri": "http://server"} if word == "run" else {}
+            file.write(json.dumps(event) + "\n")
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr("gaplab.tracking.mlflow.Sender", Recorder)
+    monkeypatch.setattr("gaplab.tracking.sync.Sender", Recorder)
+    monkeypatch.setattr("gaplab.tracking.mlflow.PAUSE_S", 0.05)
+    monkeypatch.setattr("gaplab.tracking.mlflow.GIVE_UP_S", 0.3)
     monkeypatch.setattr(Recorder, "calls", [])
-    monkeypatch.setattr(Recorder, "down", False)
+    monkeypatch.setattr(Recorder, "trouble", staticmethod(lambda name, word: None), raising=False)
     return Recorder
+
+
+def trouble(monkeypatch, function) -> None:
+    monkeypatch.setattr(Recorder, "trouble", staticmethod(function))
+
+
+def in_turn(*answers: Exception | None) -> Iterator[Exception | None]:
+    yield from answers
+    while True:
+        yield None
+
+
+NOBODY = 2**22 + 1
 
 
 def test_a_report_that_dies_leaves_the_sweeps_status_as_it_was(tmp_path: Path, recorder):
     sweep = tmp_path / "sweep"
     write(sweep, "run", "child", "finish", "reopen", "artifact")
     write(sweep / "job", "run", "metrics", "finish")
-    nobody = 2**22 + 1
-    assert list(_follow(sweep, nobody)) == []
+    delivery = follow(sweep, NOBODY)
+    assert (delivery.problem, delivery.refused) == (None, [])
     assert [status for name, status in recorder.calls if name == "sweep"][-1] == "close"
-    assert ("sweep", "FAILED") not in recorder.calls
+    assert ("sweep", "KILLED") not in recorder.calls
     assert recorder.calls.count(("job", "metrics")) == 1
 
 
-def test_what_a_server_refused_is_sent_by_the_next_sender(tmp_path: Path, recorder):
+def test_a_server_that_comes_back_gets_everything_once_and_in_order(tmp_path: Path, recorder, monkeypatch):
+    write(tmp_path / "run", "run", "tags", "metrics", "finish")
+    answers = in_turn(ConnectionError("refused"), None, None, TimeoutError("timed out"), ConnectionError("reset"))
+    trouble(monkeypatch, lambda name, word: next(answers))
+    delivery = follow(tmp_path / "run", os.getppid())
+    assert (delivery.problem, delivery.refused) == (None, [])
+    assert [word for _, word in recorder.calls] == ["run", "tags", "metrics", "FINISHED"]
+    assert "problem" not in read_receipt(tmp_path / "run")
+
+
+def test_what_a_server_did_not_take_is_sent_by_the_next_sender(tmp_path: Path, recorder, monkeypatch):
     sweep = tmp_path / "sweep"
     write(sweep, "run", "child", "finish")
     write(sweep / "job", "run", "metrics", "finish")
-    recorder.down = True
-    assert [str(error) for error in _follow(sweep, os.getppid())] == ["server is gone"]
-    assert ("job", "metrics") not in recorder.calls
-    recorder.down = False
+    trouble(monkeypatch, lambda name, word: ConnectionError("server is gone") if word == "metrics" else None)
+    assert follow(sweep, os.getppid()).problem == "server is gone"
+    assert read_receipt(sweep)["problem"] == "server is gone"
+    assert recorder.calls == [("sweep", "run"), ("sweep", "child"), ("job", "run")]  # its end is not before its jobs'
+    trouble(monkeypatch, lambda name, word: None)
     write(sweep, "reopen", "close")
-    assert list(_follow(sweep, os.getppid())) == []
+    assert follow(sweep, os.getppid()).problem is None
+    assert recorder.calls[3:5] == [("sweep", "FINISHED"), ("sweep", "reopen")]
     assert recorder.calls.count(("job", "metrics")) == 1
+    assert "problem" not in read_receipt(sweep)
 
 
-def test_a_sweep_whose_writer_died_is_failed_with_its_open_jobs(tmp_path: Path, recorder):
+def test_what_is_refused_for_good_is_left_out_and_told(tmp_path: Path, recorder, monkeypatch, capfd):
+    write(tmp_path / "run", "run", "params", "metrics", "finish")
+    trouble(monkeypatch, lambda name, word: RefusedError("changed") if word == "params" else None)
+    assert main(tmp_path / "run", os.getppid()) == 1
+    assert capfd.readouterr().err == "changed\n"
+    assert [word for _, word in recorder.calls] == ["run", "metrics", "FINISHED"]
+
+
+def test_a_run_that_may_not_be_created_waits_as_a_whole(tmp_path: Path, recorder, monkeypatch):
+    write(tmp_path / "run", "run", "metrics", "finish")
+    trouble(monkeypatch, lambda name, word: RefusedError("the experiment is deleted") if word == "run" else None)
+    assert follow(tmp_path / "run", os.getppid()).problem == "the experiment is deleted"
+    assert recorder.calls == []
+    trouble(monkeypatch, lambda name, word: None)
+    assert follow(tmp_path / "run", os.getppid()).problem is None
+    assert [word for _, word in recorder.calls] == ["run", "metrics", "FINISHED"]
+
+
+def test_a_sweep_whose_writer_died_is_killed_with_its_open_jobs(tmp_path: Path, recorder):
     sweep = tmp_path / "sweep"
     write(sweep, "run", "child")
     write(sweep / "job", "run", "metrics")
-    assert list(_follow(sweep, 2**22 + 1)) == []
-    assert recorder.calls[-2:] == [("job", "FAILED"), ("sweep", "FAILED")]
+    assert follow(sweep, NOBODY).problem is None
+    assert recorder.calls[-2:] == [("job", "KILLED"), ("sweep", "KILLED")]
+    assert [event["time"] for event in read_journal(sweep)][-1] == 5  # when it was last heard of
+
+
+def test_a_job_that_outlived_its_sweep_is_not_ended(tmp_path: Path, recorder):
+    from filelock import FileLock
+
+    sweep = tmp_path / "sweep"
+    write(sweep, "run", "child")
+    write(sweep / "job", "run", "metrics")
+    with FileLock(sweep / "job" / ".lock"):
+        follow(sweep, NOBODY)
+    assert ("job", "KILLED") not in recorder.calls
+    assert recorder.calls[-1] == ("sweep", "KILLED")
+
+
+def test_a_disk_that_is_full_is_waited_for(tmp_path: Path, recorder, monkeypatch):
+    write(tmp_path / "run", "run", "metrics", "finish")
+    answers = in_turn(*[OSError(28, "No space left on device")] * 3)
+
+    def write_receipt(folder: Path, receipt) -> None:
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr("gaplab.tracking.outbox.write_receipt", write_receipt)
+    assert follow(tmp_path / "run", os.getppid()).problem is None
+    assert [word for _, word in recorder.calls] == ["run", "metrics", "FINISHED"]
+
+
+@pytest.mark.parametrize(
+    "receipt",
+    ["{", "[]", '{"run_id": 5, "sent": 9}', '{"run_id": "r", "sent": "all"}', '{"run_id": "../x", "sent": 1}'],
+)
+def test_a_damaged_receipt_counts_as_none(tmp_path: Path, receipt: str, recorder):
+    write(tmp_path / "run", "run", "finish")
+    (tmp_path / "run" / "mlflow.json").write_text(receipt)
+    assert read_receipt(tmp_path / "run") == {}
+    follow(tmp_path / "run", os.getppid())
+    assert [word for _, word in recorder.calls] == ["run", "FINISHED"]
+
+
+def test_a_journal_of_damaged_events_is_survived(tmp_path: Path, recorder):
+    write(tmp_path / "run", "run")
+    with journal_of(tmp_path / "run").open("a") as file:
+        file.write('5\n[]\n{"event": 3, "time": 1}\n{"event": "child", "time": 1}\n{"event": "metrics", "time": "x"}\n')
+    write(tmp_path / "run", "finish")
+    assert follow(tmp_path / "run", os.getppid()).problem is None
+    assert [word for _, word in recorder.calls] == ["run", "child", "FINISHED"]
+
+
+def test_errors_that_pass_and_those_that_do_not():
+    from mlflow.exceptions import MlflowException, RestException
+    from requests import HTTPError, Response
+
+    def answered(status: int) -> HTTPError:
+        response = Response()
+        response.status_code = status
+        return HTTPError("no", response=response)
+
+    for code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
+        assert is_permanent(RestException({"error_code": code}))
+    for code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "UNAUTHENTICATED"):
+        assert not is_permanent(RestException({"error_code": code}))
+    assert not is_permanent(RestException({"error_code": "PERMISSION_DENIED"}))
+    assert not is_permanent(MlflowException("API request failed with exception Connection refused"))
+    assert is_permanent(answered(413))
+    assert not any(is_permanent(answered(status)) for status in (401, 403, 429, 500, 503))
+    assert not is_permanent(RuntimeError("who knows"))
+
+
+def test_nothing_is_sent_twice(tmp_path: Path, sender_in_this_process, store):
+    """A receipt that is lost, or an answer, has everything sent once more: MLflow has it once."""
+    from mlflow import MlflowClient
+
+    tracking, folder = store("once"), tmp_path / "run"
+    folder.mkdir()
+    tracker = Tracker(folder, tracking, "once", {})
+    tracker.params({f"p{number}": number for number in range(150)})
+    tracker.metrics({"gap/acc": 0.1, "time/epoch_s": 1.5}, 1)
+    tracker.dataset("mnist", "abc", "here", {"classes": 10})
+    run_id = tracker.finish("FINISHED")
+    (folder / "mlflow.json").unlink()
+    assert main(folder, os.getppid()) == 0
+    again = Tracker(folder, tracking, "once", {})
+    again.metrics({"gap/acc": 0.1, "time/epoch_s": 1.6}, 1)
+    again.metrics({"gap/acc": 0.2, "time/epoch_s": 1.7}, 2)
+    assert again.finish("FINISHED") == run_id
+    client = MlflowClient(tracking.uri)
+    (run,) = runs_of(tracking)
+    assert (run.info.run_id, run.info.status, len(run.data.params)) == (run_id, "FINISHED", 150)
+    ids = {event["id"] for event in read_journal(folder) if event["event"] == "run"}
+    assert ids == {run.data.tags["gaplab.id"]}
+    assert run.data.tags["attempt"] == "2"
+    assert len(run.inputs.dataset_inputs) == 1
+    histories = {name: client.get_metric_history(run_id, name) for name in ("gap/acc", "time/epoch_s")}
+    assert [(one.step, one.value) for one in histories["gap/acc"]] == [(1, 0.1), (2, 0.2)]
+    assert [(one.step, one.value) for one in histories["time/epoch_s"]] == [(1, 1.5), (2, 1.7)]
+
+
+def test_a_journal_of_somebody_else_sends_no_other_files(tmp_path: Path, sender_in_this_process, store, capfd):
+    from mlflow import MlflowClient
+
+    secret, folder = tmp_path / "secret.txt", tmp_path / "run"
+    folder.mkdir()
+    secret.write_text("not yours")
+    (folder / "link.txt").symlink_to(secret)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", "run", "metrics", "finish")
+    (folder / "mine.txt").write_text("mine")
+    tracking = store("curious")
+    tracker = Tracker(folder, tracking, "curious", {})
+    for path in (secret, folder / "link.txt", folder / ".." / "secret.txt", folder / "mine.txt"):
+        tracker.artifact(path)
+    tracker.child(tmp_path / "other")
+    tracker.child(folder / "deep" / "other")
+    run_id = tracker.finish("FINISHED")
+    error = capfd.readouterr().err
+    assert error.count("for it lies outside of") == 3
+    assert error.count("for it does not lie in") == 3  # once more in the last word
+    assert [file.path for file in MlflowClient(tracking.uri).list_artifacts(run_id)] == ["mine.txt"]
+    assert len(runs_of(tracking)) == 1
+
+
+def sync_outputs(outputs: Path) -> None:
+    sync(configs.Sync(paths=configs.Paths(outputs=str(outputs))))
+
+
+def test_sync_sends_what_is_left_and_asks_a_dead_server_once(tmp_path: Path, recorder, monkeypatch, capfd):
+    for kind, name in (("runs", "a"), ("runs", "b"), ("runs", "c"), ("sweeps", "s")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        write(tmp_path / kind / name, "run", "metrics", "finish")
+    (tmp_path / "runs" / "a" / "result.json").write_text('{"run_id": "mine", "status": "FINISHED"}')
+    asked = []
+    trouble(monkeypatch, lambda name, word: asked.append(word) or ConnectionError("server is gone"))
+    with pytest.raises(TrainingError, match=r"^0 runs sent, 4 not: server is gone$"):
+        sync_outputs(tmp_path)
+    assert asked == ["connect"]
+    trouble(monkeypatch, lambda name, word: None)
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out.splitlines() == [
+        *(f"sent  runs/{name}" for name in "abc"),
+        "sent  sweeps/s",
+        "4 runs sent",
+    ]
+    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text())["run_id"] == "a"
+    sent = len(recorder.calls)
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "nothing to send: MLflow has all of it\n"
+    assert len(recorder.calls) == sent
+
+
+def test_sync_ends_the_killed_and_leaves_alone_who_still_runs_or_is_not_tracked(tmp_path: Path, recorder, capfd):
+    from filelock import FileLock
+
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name in ("killed", "going"):
+        write(runs / name, "run", "metrics")
+    (runs / "untracked").mkdir()
+    Tracker(runs / "untracked", composed("tracking=none").tracking, "untracked", {}).finish("FINISHED")
+    with FileLock(runs / "going" / ".lock"):
+        sync_outputs(tmp_path)
+    assert recorder.calls == [("killed", "run"), ("killed", "metrics"), ("killed", "KILLED")]
+    assert capfd.readouterr().out == "sent  runs/killed\n1 run sent, 1 still going\n"
+    assert [event["event"] for event in read_journal(runs / "going")] == ["run", "metrics"]
+
+
+def test_sync_as_a_command(tmp_path: Path):
+    script = str(configs.PROJECT / "src" / "sync.py")
+    for words, status, said in (
+        (["--help"], 0, "paths.outputs="),
+        ([f"paths.outputs={tmp_path}"], 0, "nothing to send"),
+        (["paths.outputs=nowhere"], 2, "error: paths.outputs=nowhere: no such folder"),
+    ):
+        done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status
+        assert said in (done.stdout if status == 0 else done.stderr)
+        assert done.stderr.count("\n") == (status != 0)

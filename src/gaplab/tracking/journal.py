@@ -1,34 +1,38 @@
 """The journal: every parameter, metric and tag of a run in order, on disk before it is sent anywhere.
 
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
-`run` (name, uri, experiment, artifacts; once more for each attempt), `params`, `tags` (values), `metrics` (step,
-values), `dataset`, `artifact` (path, folder), `child` (path: the folder of a run inside this one), and last `finish`
-(status). What a report adds to a run that has ended stands between `reopen` and `close`. The uri may hold a password:
-the file is its owner's alone.
+`run` (name, id, uri, experiment, artifacts; once more for each attempt, with the same id), `params`, `tags` (values),
+`metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the folder of a run
+directly inside this one), and last `finish` (status). What a report adds to a run that has ended stands between
+`reopen` and `close`. The uri may hold a password: the file is its owner's alone.
 """
 
 import json
 import math
 import os
+import re
+import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gaplab.config import MLflow, Tracking
-from gaplab.files import read_json
+from gaplab.files import read_json, write_whole
 
-SEND_WAIT_S = 60
-RECEIPT_WAIT_S = 5
+SEND_WAIT_S = 10.0  # the most that tracking adds to a command, all its waits together
+RUN_WAIT_S = 6.0
+PROBLEM_WAIT_S = 2.0
 LARGEST = 1e100  # of a metric; what is larger, or not a number, can only have been put there
 FIELDS: dict[str, type] = {
     "name": str, "uri": str, "path": str, "status": str, "digest": str, "values": dict, "profile": dict, "step": int,
 }  # fmt: skip
 NEEDED = {
-    "params": ("values",), "tags": ("values",), "metrics": ("step", "values"), "dataset": ("digest", "profile"),
-    "child": ("path",),
+    "metrics": ("step", "values"), "params": ("values",), "tags": ("values",), "dataset": ("digest", "profile"),
+    "child": ("path",), "artifact": ("path",),
 }  # fmt: skip
 
 
@@ -37,22 +41,29 @@ def journal_of(folder: Path) -> Path:
 
 
 def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events in a run's folder so far; a line that a crash cut off is left out, and one that says no event."""
+    """The events in a run's folder so far; what is no whole event is left out."""
     if not journal_of(folder).is_file():
         return
     with journal_of(folder).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if _is_event(event):
+            if (event := parsed(line)) is not None:
                 yield event
+
+
+def parsed(line: str | bytes) -> dict[str, Any] | None:
+    """The event in a line of a journal, or None when a crash cut it off, or it is no event of gaplab's."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if _is_event(event) else None
 
 
 def _is_event(found: Any) -> bool:
     """Whether it has the fields that are read back, each of its kind."""
     if not (isinstance(found, dict) and isinstance(found.get("event"), str)):
+        return False
+    if not isinstance(found.get("time"), int | float) or not abs(found["time"]) < 1e12:
         return False
     if not all(isinstance(found.get(name, kind()), kind) for name, kind in FIELDS.items()):
         return False
@@ -65,16 +76,37 @@ def _is_event(found: Any) -> bool:
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
-    """What the sender has done of a journal: `run_id` in MLflow, and `sent` bytes. Empty before it began."""
-    return read_json(folder / "mlflow.json")
+    """What the sender has done of a journal: `run_id` in MLflow once that is known, `sent` bytes, and a `problem` while
+    MLflow does not take the rest. Empty before it began, and when the file is damaged."""
+    receipt = read_json(folder / "mlflow.json")
+    run_id, sent, problem = receipt.get("run_id"), receipt.get("sent", 0), receipt.get("problem")
+    good = (
+        (run_id is None or (isinstance(run_id, str) and re.fullmatch(r"[\w-]{1,256}", run_id)))
+        and (type(sent) is int and sent >= 0)
+        and (problem is None or isinstance(problem, str))
+    )
+    return receipt if good else {}
+
+
+def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
+    """What is None is left out. Raises OSError."""
+    known = {name: value for name, value in receipt.items() if value is not None}
+    write_whole(folder / "mlflow.json", json.dumps(known) + "\n")
+
+
+def append(folder: Path, event: str, **fields: Any) -> None:
+    """Add an event to a journal that nobody else writes. Raises OSError."""
+    with _opened(folder) as file:
+        _write(file, event, **fields)
+        os.fsync(file.fileno())
 
 
 class Tracker:
     """Writes the journal of a run; with MLflow, a process of its own follows the journal and sends it.
 
     The sender shares nothing with training but the file: it costs no step, a server that is slow or gone cannot stop
-    the run, and if this process dies the sender sends the rest and ends the MLflow run. A folder that has a journal
-    already goes on with it, in the same MLflow run.
+    the run, and if this process dies the sender sends the rest and ends the MLflow run as KILLED. A folder that has a
+    journal already goes on with it, in the same MLflow run.
 
     Args:
         folder: of the run or sweep.
@@ -83,17 +115,16 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, settings: Tracking | None, name: str, tags: dict[str, str]) -> None:
+        known = (event["id"] for event in read_journal(folder) if event["event"] == "run" and "id" in event)
+        run = {"name": name, "id": next(known, None) or secrets.token_hex(16)}
         self._open(folder)
-        self._sender: subprocess.Popen[bytes] | None = None
-        self._sweep = folder.parent if settings is None else None
         if isinstance(settings, MLflow):
-            self._write(
-                "run", name=name, uri=settings.uri, experiment=settings.experiment, artifacts=settings.artifacts
-            )
+            store = {"uri": settings.uri, "experiment": settings.experiment, "artifacts": settings.artifacts}
+            self._write("run", **run, **store)
             self.tags(tags | settings.tags)
-            self._sender = _start_sender(folder)
+            self._start()
         else:
-            self._write("run", name=name)
+            self._write("run", **run)
             self.tags(tags)
 
     @classmethod
@@ -103,18 +134,26 @@ class Tracker:
             return None
         tracker = cls.__new__(cls)
         tracker._open(folder)
-        tracker._sweep = None
         tracker._write("reopen")
-        tracker._sender = _start_sender(folder)
+        tracker._start()
         return tracker
 
     def _open(self, folder: Path) -> None:
         self._folder = folder
-        path = journal_of(folder)
-        cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
-        self._file = open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 (open for the whole run)
-        if cut_off:
-            self._file.write("\n")
+        self._file = _opened(folder)
+        self._sender: subprocess.Popen[bytes] | None = None
+        self._not_started: str | None = None
+        self._patience = SEND_WAIT_S
+
+    def _start(self) -> None:
+        """Training goes on without a sender too: what it would have sent stays in the journal."""
+        try:
+            receipt = read_receipt(self._folder)
+            if receipt.pop("problem", None) is not None:  # an earlier sender's
+                write_receipt(self._folder, receipt)
+            self._sender = _start_sender(self._folder)
+        except OSError as error:
+            self._not_started = f"its process could not be started ({error.strerror})"
 
     def params(self, values: dict[str, Any]) -> None:
         self._write("params", values={name: str(value) for name, value in values.items()})
@@ -141,15 +180,19 @@ class Tracker:
         self._write("child", path=str(folder))
 
     def wait_for_run(self) -> None:
-        """Until the run is in MLflow, or cannot get there."""
-        deadline = time.monotonic() + SEND_WAIT_S
-        while self._sender and self._sender.poll() is None and time.monotonic() < deadline:
-            if read_receipt(self._folder):
-                return
+        """Until the run is in MLflow, but not long: this is part of the time that tracking may add."""
+        start = time.monotonic()
+        while self._sender and self._sender.poll() is None and time.monotonic() - start < RUN_WAIT_S:
+            if read_receipt(self._folder).keys() & {"run_id", "problem"}:
+                break
             time.sleep(0.05)
+        self._patience -= time.monotonic() - start
 
     def finish(self, status: str, wait_s: float = SEND_WAIT_S) -> str | None:
-        """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet)."""
+        """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet).
+
+        Waits until all is sent, for `wait_s` seconds at most; the sender goes on without being waited for.
+        """
         self._write("finish", status=status)
         return self._end(wait_s)
 
@@ -162,35 +205,57 @@ class Tracker:
         os.fsync(self._file.fileno())
         self._file.close()
         if self._sender is not None:
-            self._wait_for(self._sender, wait_s)
-        elif self._sweep and read_receipt(self._sweep):  # its sender sees this run within moments
-            deadline = time.monotonic() + RECEIPT_WAIT_S
-            while not read_receipt(self._folder) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        run_id = read_receipt(self._folder).get("run_id")
-        return None if run_id is None else str(run_id)
+            self._wait_for(self._sender, min(wait_s, self._patience))
+        elif self._not_started:
+            self._tell(f": {self._not_started}; nothing is lost: python src/sync.py sends")
+        return read_receipt(self._folder).get("run_id")
 
     def _wait_for(self, sender: "subprocess.Popen[bytes]", wait_s: float) -> None:
-        try:
-            code = sender.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        if code != 0:
-            reason = "it is still being sent in the background" if code is None else self._failure()
-            print(
-                f"MLflow does not have the whole run: {reason}; nothing is lost, it is all in "
-                f"{journal_of(self._folder)}",
-                file=sys.stderr,
-            )
+        deadline = time.monotonic() + wait_s
+        since = None  # when there is a problem, it is waited for less, yet for long enough to see that it is over
+        while (code := sender.poll()) is None and (now := time.monotonic()) < deadline:
+            problem = read_receipt(self._folder).get("problem")
+            since = None if problem is None else since or now
+            if since is not None and now - since > PROBLEM_WAIT_S:
+                break
+            time.sleep(0.05)
+        problem = read_receipt(self._folder).get("problem")
+        if code is None:
+            threading.Thread(target=sender.wait, daemon=True).start()
+        if code == 0:
+            return
+        if problem is not None:
+            self._tell(f": {problem}; nothing is lost: python src/sync.py sends the rest of")
+        elif code is None:
+            self._tell(" yet: it is being sent in the background; if that fails, python src/sync.py sends the rest of")
+        else:
+            self._tell(f": {self._last_word()}; nothing is lost, it is all in")
 
-    def _failure(self) -> str:
+    def _tell(self, what: str) -> None:
+        print(f"MLflow does not have the whole run{what} {journal_of(self._folder)}", file=sys.stderr)
+
+    def _last_word(self) -> str:
         log = self._folder / "mlflow.log"
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        return lines[-1] if lines else "the sender ended without a word"
+        return lines[-1] if lines else "its sender ended without a word"
 
     def _write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        _write(self._file, event, **fields)
+
+
+def _opened(folder: Path) -> TextIO:
+    """A journal, to be written on after its last whole line."""
+    path = journal_of(folder)
+    cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8", opener=_private)  # noqa: SIM115 (open for the whole run)
+    if cut_off and path.stat().st_size:
+        file.write("\n")
+    return file
+
+
+def _write(file: TextIO, event: str, **fields: Any) -> None:
+    file.write(json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False) + "\n")
+    file.flush()
 
 
 def _private(path: str, flags: int) -> int:

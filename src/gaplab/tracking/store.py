@@ -1,19 +1,23 @@
 """Runs read back from an MLflow store. MLflow takes seconds to import, so this is imported where it is used."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gaplab.errors import UserError
-from gaplab.tracking import mlflow as _settings  # noqa: F401 (the limits of MLflow's patience)
 
+# a person waits: a server that does not answer is told of within 10 s
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
 CURVES = ("train/acc", "valid/acc", "gap/acc", "train/acc_running")
 
 
 def _client(uri: str) -> Any:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"tracking.uri={uri}: no such store")
+    for name, value in (PATIENCE | {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}).items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
