@@ -259,6 +259,19 @@ def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, send
     assert [file.path for file in client.list_artifacts(run_id, "report")] == ["report/report.html"]
 
 
+def test_a_report_on_a_killed_run_does_not_bring_it_back_to_life(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("gaplab.tracking.journal._start_sender", lambda folder: None)
+    write(tmp_path / "run", "run", "metrics")
+    tracker = Tracker.reopen(tmp_path / "run")
+    tracker.close()
+    events = list(read_journal(tmp_path / "run"))
+    assert [event["event"] for event in events] == ["run", "metrics", "finish", "reopen", "close"]
+    assert events[2]["status"] == "KILLED"
+    (tmp_path / "other").mkdir()
+    Tracker(tmp_path / "other", None, "not in MLflow by itself", {}).finish("FINISHED")
+    assert Tracker.reopen(tmp_path / "other") is None
+
+
 class Recorder:
     """Stands for `Sender`: notes what it is given, and raises what `trouble` says of an event before or after that."""
 

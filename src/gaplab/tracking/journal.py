@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from gaplab.config import MLflow, Tracking
+from gaplab.config import PROJECT, MLflow, Tracking
 from gaplab.files import read_json, write_whole
 
 SEND_WAIT_S = 10.0  # the most that tracking adds to a command, all its waits together
@@ -129,11 +130,14 @@ class Tracker:
 
     @classmethod
     def reopen(cls, folder: Path) -> "Tracker | None":
-        """To add to a run that has ended; None when it is not in MLflow. To be ended by `close`."""
-        if "run_id" not in read_receipt(folder):
+        """To add to a run that nobody writes any more, and to be ended by `close`; None for one without MLflow."""
+        events = list(read_journal(folder))
+        if not any(event["event"] == "run" and "uri" in event for event in events):
             return None
         tracker = cls.__new__(cls)
         tracker._open(folder)
+        if [event["event"] for event in events if event["event"] in ("run", "finish")][-1] == "run":
+            tracker._write("finish", status="KILLED", time=events[-1]["time"])
         tracker._write("reopen")
         tracker._start()
         return tracker
@@ -183,7 +187,10 @@ class Tracker:
         """Until the run is in MLflow, but not long: this is part of the time that tracking may add."""
         start = time.monotonic()
         while self._sender and self._sender.poll() is None and time.monotonic() - start < RUN_WAIT_S:
-            if read_receipt(self._folder).keys() & {"run_id", "problem"}:
+            receipt = read_receipt(self._folder)
+            if "run_id" in receipt:
+                return
+            if "problem" in receipt:
                 break
             time.sleep(0.05)
         self._patience -= time.monotonic() - start
@@ -207,7 +214,7 @@ class Tracker:
         if self._sender is not None:
             self._wait_for(self._sender, min(wait_s, self._patience))
         elif self._not_started:
-            self._tell(f": {self._not_started}; nothing is lost: python src/sync.py sends")
+            self._tell(f": {self._not_started}; nothing is lost: {self._sync()}")
         return read_receipt(self._folder).get("run_id")
 
     def _wait_for(self, sender: "subprocess.Popen[bytes]", wait_s: float) -> None:
@@ -225,14 +232,19 @@ class Tracker:
         if code == 0:
             return
         if problem is not None:
-            self._tell(f": {problem}; nothing is lost: python src/sync.py sends the rest of")
+            self._tell(f": {problem}; nothing is lost: {self._sync()}")
         elif code is None:
-            self._tell(" yet: it is being sent in the background; if that fails, python src/sync.py sends the rest of")
+            self._tell(f" yet: it is being sent in the background; should that fail, {self._sync()}")
         else:
-            self._tell(f": {self._last_word()}; nothing is lost, it is all in")
+            self._tell(f": {self._last_word()}; nothing is lost, it is all in {journal_of(self._folder)}")
 
     def _tell(self, what: str) -> None:
-        print(f"MLflow does not have the whole run{what} {journal_of(self._folder)}", file=sys.stderr)
+        print(f"MLflow does not have the whole run{what}", file=sys.stderr)
+
+    def _sync(self) -> str:
+        outputs = self._folder.parent.parent
+        where = "" if outputs == PROJECT / "outputs" else f" paths.outputs={shlex.quote(str(outputs))}"
+        return f"python src/sync.py{where} sends the rest of {journal_of(self._folder).relative_to(outputs)}"
 
     def _last_word(self) -> str:
         log = self._folder / "mlflow.log"

@@ -45,6 +45,7 @@ class Sender:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(HTTP_TIMEOUT_S, int(given) if given.isdigit() else 0))
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no request leaves for anyone but the server
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
         uri = store["uri"]
