@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the commands and files of docs/deploy.md on a throw-away copy of this machine, booted with systemd and without a
-# network, and looks at what they promise. As root on Debian 12 with systemd-container; 4 GB of memory, 3 to 7 minutes. Nothing stays.
+# network, and looks at what they promise. As root on Debian 12 with systemd-container, .venv ready; needs 4 GB of memory and
+# 3 to 7 minutes. Nothing stays.
 set -Eeuo pipefail
 
 if [ "${1:-}" != inside ]; then
