@@ -26,7 +26,6 @@ def test_every_command_trains_or_is_refused_in_a_line(tmp_path: Path, capsys: py
     assert counts.total() >= 500
     assert counts["trained"] >= 100
     assert counts["refused"] >= 100
-    assert counts["diverged"] >= 1
 
 
 TYPED = [
