@@ -642,9 +642,8 @@ def check(config: Config) -> None:
         scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
         known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
         if scheme not in known or "://" not in config.tracking.uri:
-            raise UserError(
-                f"tracking.uri={config.tracking.uri}: must begin with one of {', '.join(f'{one}://' for one in known)}"
-            )
+            begins = ", ".join(f"{one}://" for one in known)
+            raise UserError(f"tracking.uri={masked(config.tracking.uri)}: must begin with one of {begins}")
     if not config.allowed_targets:
         raise UserError("allowed_targets=[]: nothing could be built")
 

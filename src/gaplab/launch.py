@@ -19,6 +19,7 @@ from gaplab import interrupt
 from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, read_json, refuse_links, write_whole
+from gaplab.recovery import recover
 from gaplab.result import RunResult, print_summary
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
@@ -54,9 +55,6 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
     check_root(config.data)
     folder = _make_folder(config, folder)
     with _explained_disk(folder), _held(folder), interrupt.handled():
-        result = RunResult(
-            secrets.token_hex(16), "RUNNING", config.seed, configs.condition(config), configs.config_hash(config)
-        )
         (folder / "result.json").unlink(missing_ok=True)  # of an earlier attempt
         if not (folder / "config.yaml").is_file():
             write_whole(folder / "config.yaml", configs.to_yaml(config))
@@ -64,6 +62,9 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
         tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
+        if not in_sweep:
+            recover(Path(config.paths.outputs))
+        result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)

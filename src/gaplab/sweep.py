@@ -28,6 +28,7 @@ from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.machine import usable_cores
+from gaplab.recovery import recover
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 PROBE_SAMPLES = 4000
@@ -342,6 +343,7 @@ def _run(
         claim = jobs[0].config.sweep.claim
         tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
         tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
+        recover(folder.parent.parent)
         for job in jobs:
             if str(job.folder) not in old:
                 tracker.child(job.folder)

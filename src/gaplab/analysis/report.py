@@ -23,7 +23,7 @@ from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
 from gaplab.files import plain, write_whole
 from gaplab.sweep import running
-from gaplab.tracking.journal import Tracker
+from gaplab.tracking.journal import Tracker, read_journal
 
 SHOWN_CONTRASTS = 16
 COLOURS = {"supported": "green", "real": "green", "contradicted": "red", "equivalent": "blue", "inconclusive": "yellow"}
@@ -50,7 +50,7 @@ def report(settings: configs.Report) -> Path:
         found.notes.append(f"{len(parts)} data sets or splits ({names}): conditions are compared within each")
     verdicts = _verdicts(found.runs, parts, settings)
     folder = _folder(found, settings, outputs)
-    with _parent(found) as tracker:  # its process imports MLflow while the figures are drawn
+    with _parent(found, uri) as tracker:  # its process imports MLflow while the figures are drawn
         _print(console, found, parts, verdicts, metrics)
         content = _content(found, parts, verdicts, metrics, settings)
         for path in _write(folder, content, found.runs, parts, metrics):
@@ -107,14 +107,22 @@ def _folder(found: Collection, settings: configs.Report, outputs: Path) -> Path:
 
 
 @contextmanager
-def _parent(found: Collection) -> Iterator[Tracker | None]:
-    """The sweep's run in MLflow, to add to, or None; the sweep cannot be gone on with meanwhile."""
+def _parent(found: Collection, uri: str) -> Iterator[Tracker | None]:
+    """The sweep's run in MLflow, to add to, or None; the sweep cannot be gone on with meanwhile.
+
+    Of SQLite stores, only `uri` and one beside the sweeps are written to: the journal may be somebody else's.
+    """
     with ExitStack() as stack:
         tracker = None
         if found.folder is not None:
             try:
                 stack.enter_context(running(found.folder))
-                tracker = Tracker.reopen(found.folder)
+                began = next((event["uri"] for event in read_journal(found.folder) if "uri" in event), uri)
+                beside = f"sqlite:///{found.folder.parent.parent / 'mlflow.db'}"
+                if began.startswith("sqlite:///") and began not in (uri, beside):
+                    found.notes.append(f"not logged to MLflow: the sweep is in {plain(began)}; add tracking.uri=…")
+                else:
+                    tracker = Tracker.reopen(found.folder)
             except UserError:
                 found.notes.append("the sweep is still running: this is its state now, and not logged to MLflow")
         if tracker is not None:

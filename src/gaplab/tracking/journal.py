@@ -1,15 +1,16 @@
 """The journal: every parameter, metric and tag of a run in order, on disk before it is sent anywhere.
 
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
-`run` (name, id, uri, experiment, artifacts; once more for each attempt, with the same id), `params`, `tags` (values),
-`metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the folder of a run
-directly inside this one), and last `finish` (status). What a report adds to a run that has ended stands between
+`run` (name, id, host, uri, experiment, artifacts; once more for each attempt, with the same id), `params`, `tags`
+(values), `metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the folder of
+a run directly inside this one), and last `finish` (status). What a report adds to a run that has ended stands between
 `reopen` and `close`. The uri may hold a password: the file is its owner's alone.
 """
 
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -29,7 +30,8 @@ RUN_WAIT_S = 6.0
 PROBLEM_WAIT_S = 2.0
 LARGEST = 1e100  # of a metric; what is larger, or not a number, can only have been put there
 FIELDS: dict[str, type] = {
-    "name": str, "uri": str, "path": str, "status": str, "digest": str, "values": dict, "profile": dict, "step": int,
+    "name": str, "host": str, "uri": str, "path": str, "status": str, "digest": str, "values": dict, "profile": dict,
+    "step": int,
 }  # fmt: skip
 NEEDED = {
     "metrics": ("step", "values"), "params": ("values",), "tags": ("values",), "dataset": ("digest", "profile"),
@@ -49,6 +51,18 @@ def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if (event := parsed(line)) is not None:
                 yield event
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the newest event of a run is its end, or there is no run; read from the last bytes."""
+    try:
+        with journal_of(folder).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            *_, last = b"", *file.read().splitlines()
+    except OSError:
+        return True
+    event = parsed(last)
+    return event is not None and event["event"] in ("finish", "close")
 
 
 def parsed(line: str | bytes) -> dict[str, Any] | None:
@@ -113,11 +127,15 @@ class Tracker:
         folder: of the run or sweep.
         settings: config group `tracking`; None for a job inside a sweep, whose sender sends for all of its jobs.
         name, tags: of the run.
+
+    Attributes:
+        id: of the run, the same for every attempt.
     """
 
     def __init__(self, folder: Path, settings: Tracking | None, name: str, tags: dict[str, str]) -> None:
         known = (event["id"] for event in read_journal(folder) if event["event"] == "run" and "id" in event)
-        run = {"name": name, "id": next(known, None) or secrets.token_hex(16)}
+        self.id = str(next(known, None) or secrets.token_hex(16))
+        run = {"name": name, "id": self.id, "host": platform.node()}
         self._open(folder)
         if isinstance(settings, MLflow):
             store = {"uri": settings.uri, "experiment": settings.experiment, "artifacts": settings.artifacts}
@@ -198,7 +216,8 @@ class Tracker:
     def finish(self, status: str, wait_s: float = SEND_WAIT_S) -> str | None:
         """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet).
 
-        Waits until all is sent, for `wait_s` seconds at most; the sender goes on without being waited for.
+        Waits until all is sent, for `wait_s` seconds at most, then says that the sender goes on by itself; who is in a
+        hurry knows.
         """
         self._write("finish", status=status)
         return self._end(wait_s)
@@ -233,9 +252,9 @@ class Tracker:
             return
         if problem is not None:
             self._tell(f": {problem}; nothing is lost: {self._sync()}")
-        elif code is None:
+        elif code is None and wait_s >= PROBLEM_WAIT_S:
             self._tell(f" yet: it is being sent in the background; should that fail, {self._sync()}")
-        else:
+        elif code is not None:
             self._tell(f": {self._last_word()}; nothing is lost, it is all in {journal_of(self._folder)}")
 
     def _tell(self, what: str) -> None:

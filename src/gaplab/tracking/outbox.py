@@ -1,5 +1,6 @@
 """A journal as the queue of what is yet to be sent. How far it came is in the receipt beside it."""
 
+import platform
 import re
 from collections import deque
 from pathlib import Path
@@ -23,6 +24,7 @@ class Journal:
         run_id: None until the run is in MLflow.
         id: the run's own, which MLflow knows it by as well; None in a journal that is older than ids.
         store: the event that says where MLflow is; None in a job of a sweep, and without MLflow.
+        host: the machine of the newest attempt, where its lock can be seen.
         attempts: how often the run was begun.
         ended: whether the newest event is the end of the run, or of what a report added to it.
         reopened: whether the newest beginning is a report's.
@@ -36,6 +38,7 @@ class Journal:
         self.run_id: str | None = self._receipt.get("run_id")
         self.id: str | None = None
         self.store: dict[str, Any] | None = None
+        self.host: str | None = None
         self.attempts = 0
         self.ended = self.reopened = False
         self.waiting: deque[Entry] = deque()
@@ -77,6 +80,7 @@ class Journal:
             self.reopened = word == "reopen"
         if word == "run":
             self.attempts += 1
+            self.host = event.get("host")
             self.id = self.id or (str(event["id"]) if re.fullmatch("[0-9a-f]{32}", str(event.get("id"))) else None)
             self.store = self.store or (event if isinstance(event.get("uri"), str) else None)
         self.ended = word == ("close" if self.reopened else "finish")
@@ -104,9 +108,12 @@ class Journal:
             self._receipt = receipt
 
     def end_as_killed(self) -> bool:
-        """Write the end that the writer did not live to; False while somebody holds the folder. Raises OSError."""
+        """Write the end that the writer did not live to; False while somebody holds the folder, or may do so on another
+        machine. Raises OSError."""
         from filelock import FileLock, Timeout
 
+        if self.host not in (None, platform.node()):
+            return False
         if not journal_of(self.folder).is_file():  # deleted meanwhile; a lock would make the folder anew
             return False
         try:
