@@ -41,7 +41,7 @@ sync: $(READY) ## send to MLflow what it does not have yet
 test: $(READY) ## run the whole test suite
 	@$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/faults
 
-test-faults: $(READY) ## runs beside an MLflow server that is away, slow or broken, some minutes
+test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
 
 check: $(READY) ## lint, format, types and the floors between the packages

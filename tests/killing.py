@@ -21,16 +21,20 @@ STAGES = ("_write", "os.fsync", "os.replace", "os.link", "_write_checksum", "_sy
 
 
 def run_forked(
-    configuration: config.Config, folder: Path, before: Callable[[], None] | None = None, output: Path | None = None
+    configuration: config.Config,
+    folder: Path | None,
+    before: Callable[[], None] | None = None,
+    output: Path | None = None,
 ) -> int:
     """The process id of a run in a process of its own, which first calls `before`, and speaks into `output` (None:
     beside `folder`)."""
+    output = output or (folder.with_name(f"{folder.name}.out") if folder else Path(os.devnull))
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        with (output or folder.parent / f"{folder.name}.out").open("a") as file:
+        with output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             if before:

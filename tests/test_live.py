@@ -16,9 +16,9 @@ def job(sweep: Path, name: str, status: str | None, valid: float = 0.97, epochs:
     folder.mkdir(parents=True)
     if epochs:
         (folder / "splits.npz").touch()
-        events = [{"event": "run"}, {"event": "metrics", "step": 9, "values": {"gap/acc": 0}}, {"event": "run"}]
-        events += [{"event": "metrics", "step": step + 1, "values": {"gap/acc": 0}} for step in range(epochs)]
-        (folder / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        events = [{"event": "metrics", "step": step + 1, "values": {"gap/acc": 0}} for step in range(epochs)]
+        events.insert(1, {"event": "run"})  # gone on with
+        (folder / "journal.jsonl").write_text("".join(json.dumps(event | {"time": 1}) + "\n" for event in events))
     if status:
         result = RESULT | {"status": status, "valid_acc": valid, "best": {"valid_acc": valid}}
         if status == "FAILED":
@@ -45,7 +45,7 @@ def test_a_terminal_shows_counts_time_left_and_the_best(tmp_path: Path):
     assert " left" in text
     assert "3_d  epoch 2/4" in text
     assert "best valid accuracy so far 0.9800: 1_b" in text
-    assert epochs_done(folders[3]) == 2  # of the newest attempt
+    assert epochs_done(folders[3]) == 2
 
 
 def test_elsewhere_each_ended_job_is_a_line(tmp_path: Path):

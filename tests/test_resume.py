@@ -15,6 +15,7 @@ from killing import die_at_stage, differences, run_forked, wait_for
 
 from gaplab import config as configs
 from gaplab import interrupt, launch
+from gaplab.analysis.runs import read_run
 from gaplab.data.datamodule import DataModule
 from gaplab.errors import UserError
 from gaplab.tracking.journal import read_journal
@@ -62,6 +63,7 @@ def test_a_run_stopped_at_any_step_goes_on_there(step: int, undisturbed, tmp_pat
     result = launch.launch(composed(*RUN), folder)
     assert differences(folder, undisturbed) == []
     assert result.status == "FINISHED"
+    assert [*read_run(folder).history["gap/acc"]] == [1, 2, 3]
     assert f"going on from last.ckpt, after {progress['epochs']} epochs and " in capsys.readouterr().out
 
 

@@ -109,12 +109,10 @@ def ended(result: dict[str, Any]) -> bool:
 
 
 def epochs_done(folder: Path) -> int:
-    """Epochs of the newest attempt that are finished."""
+    """Epochs that are finished, those of earlier attempts included: the newest goes on with them."""
     number = 0
     for event in read_journal(folder):
-        if event["event"] == "run":
-            number = 0
-        elif event["event"] == "metrics" and "gap/acc" in event["values"]:
+        if event["event"] == "metrics" and "gap/acc" in event["values"]:
             number = event["step"]
     return number
 

@@ -75,10 +75,10 @@ def test_the_folder_holds_what_the_contract_says(finished):
     figures = {
         f"figures/{name}.png" for name in ("learning_curves", "confusion_matrix", "worst_mistakes", "normalization")
     }
-    checkpoints = {f"checkpoints/{name}.ckpt{end}" for name in ("last", "best") for end in ("", ".sha256")}
+    checkpoints = {f"checkpoints/{name}.ckpt{end}" for name in ("last", "previous", "best") for end in ("", ".sha256")}
     expected = {"config.yaml", "result.json", "journal.jsonl", "splits.npz"} | figures | checkpoints
     assert expected <= names
-    assert names - expected == {"mlflow.json", "mlflow.log", ".mlflow.lock"}
+    assert names - expected == {"mlflow.json", "mlflow.log", ".mlflow.lock", ".lock"}
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
 
 
@@ -214,7 +214,7 @@ def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(
 
 def test_a_journal_is_read_line_by_whole_line_and_gone_on_with_where_it_was_sent(tmp_path: Path):
     path = journal_of(tmp_path)
-    path.write_text('{"time": 1, "event": "tags"}\n{"time": 2, "eve')
+    path.write_text('{"time": 1, "event": "tags", "values": {}}\n{"time": 2, "eve')
     journal = Journal(tmp_path)
     journal.run_id = "r"
     assert [(event["event"], new) for event, new in journal.read()] == [("tags", True)]
@@ -428,7 +428,10 @@ def test_a_damaged_receipt_counts_as_none(tmp_path: Path, receipt: str, recorder
 def test_a_journal_of_damaged_events_is_survived(tmp_path: Path, recorder):
     write(tmp_path / "run", "run")
     with journal_of(tmp_path / "run").open("a") as file:
-        file.write('5\n[]\n{"event": 3, "time": 1}\n{"event": "child", "time": 1}\n{"event": "metrics", "time": "x"}\n')
+        file.write(
+            '5\n[]\n{"event": 3, "time": 1}\n{"event": "child", "time": 1, "path": "x"}\n'
+            '{"event": "metrics", "time": "x"}\n'
+        )
     write(tmp_path / "run", "finish")
     assert follow(tmp_path / "run", os.getppid()).problem is None
     assert [word for _, word in recorder.calls] == ["run", "child", "FINISHED"]
@@ -556,7 +559,7 @@ def test_sync_as_a_command(tmp_path: Path):
     for words, status, said in (
         (["--help"], 0, "paths.outputs="),
         ([f"paths.outputs={tmp_path}"], 0, "nothing to send"),
-        (["paths.outputs=nowhere"], 2, "error: paths.outputs=nowhere: no such folder"),
+        (["paths.outputs=nowhere"], 2, f"error: paths.outputs={tmp_path}/nowhere: no such folder"),
     ):
         done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status

@@ -127,16 +127,14 @@ def read_run(folder: Path) -> Run:
     tags: dict[str, Any] = {}
     digest, classes = "", 0
     for event in read_journal(folder):
-        if event["event"] == "run":  # of another attempt, too
-            history.clear()
-        elif event["event"] == "params":
+        if event["event"] == "params":
             settings = event["values"]
         elif event["event"] == "tags":
             tags |= event["values"]
         elif event["event"] == "dataset":
             digest, classes = event["digest"], event["profile"].get("classes", 0)
         elif event["event"] == "metrics":
-            for name, value in event["values"].items():
+            for name, value in event["values"].items():  # what a later attempt measured again stands
                 history.setdefault(name, {})[event["step"]] = value
     result, receipt = read_json(folder / "result.json"), read_receipt(folder)
     status = str(result.get("status", "WAITING"))
