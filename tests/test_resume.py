@@ -98,6 +98,24 @@ def test_accumulated_gradients_are_never_divided(tmp_path, monkeypatch):
     assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
 
 
+def test_a_signal_between_two_chunks_without_an_optimizer_step_is_saved_too(tmp_path, monkeypatch):
+    more = ("trainer.accumulate_grad_batches=20", "trainer.chunk_size=5")
+    original = Classifier.count_up
+    calls = []
+
+    def count_up(self) -> None:
+        original(self)
+        calls.append(self.batches)
+        if len(calls) == 2:  # ten of twenty mini-batches
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "count_up", count_up)
+        with pytest.raises(interrupt.Interrupted):
+            launch.launch(composed(*RUN, *more), tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["progress"]["batches"] == 20
+
+
 def test_a_long_epoch_is_saved_within_and_only_within_reason(tmp_path, monkeypatch):
     saved = []
     original = Classifier.on_save_checkpoint

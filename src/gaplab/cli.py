@@ -7,6 +7,7 @@ the traceback is shown as well.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -79,7 +80,8 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
             raise
         sys.exit(report(error))
     except interrupt.Interrupted as stop:
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
         sys.exit(stop.exit_status)
 
 

@@ -1,10 +1,10 @@
 """Ctrl-C and SIGTERM: the first asks to stop, the second insists."""
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -50,6 +50,12 @@ def handled() -> Iterator[None]:
             signal.signal(signum, handler or signal.SIG_DFL)
 
 
+def reclaim() -> None:
+    """Hear signals as `handled` does, after somebody else has put a handler in front."""
+    if _State.handling and signal.getsignal(signal.SIGTERM) not in (_handle, signal.SIG_IGN):
+        signal.signal(signal.SIGTERM, _handle)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Within it, a first signal waits for `check`; a second one still interrupts at once."""
@@ -85,7 +91,8 @@ def check() -> None:
 def _handle(signum: int, _frame: object) -> None:
     first, _State.pending = _State.pending is None, signum
     if first and (_State.deferring or _State.farewell):
-        print("stopping, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read it may be gone with the same signal
+            os.write(2, b"stopping, with a checkpoint; once more stops at once\n")
         if _State.deferring:
             return
         assert _State.farewell is not None

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import shlex
 import subprocess
 import time
 import traceback
@@ -63,7 +64,7 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
             print(f"{name}  in {folder}", flush=True)
         tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
         if not in_sweep:
-            recover(Path(config.paths.outputs))
+            recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
@@ -83,9 +84,10 @@ def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Conso
     try:
         yield
         result.status = "FINISHED"
-    except (interrupt.Interrupted, KeyboardInterrupt):
+    except (interrupt.Interrupted, KeyboardInterrupt, SystemExit):  # rich exits when nobody reads any more
         result.status, wait_s = "KILLED", 1
-        console.print(f"go on     python src/train.py resume={folder.name}", markup=False, soft_wrap=True)
+        with suppress(OSError):
+            print(f"go on     python src/train.py resume={shlex.quote(str(folder))}", file=console.file, flush=True)
         raise
     except (UserError, TrainingError) as error:
         result.status, result.error, result.diverged = "FAILED", str(error), isinstance(error, DivergenceError)
@@ -100,12 +102,15 @@ def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Conso
         raise TrainingError(result.error) from error
     finally:
         result.total_s = time.perf_counter() - started
-        with suppress(OSError) if result.error else nullcontext():  # of a full disk one hears once
+        ignored = suppress(OSError) if result.error else nullcontext()  # of a full disk one hears once
+        with ignored:
+            result.write(folder)  # before MLflow is waited for: it may keep us waiting, or be interrupted
+        with ignored:
             if result.error:
                 tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
-            result.write(folder)  # once before MLflow is waited for: it may keep us waiting, or be interrupted
             result.run_id = tracker.finish(result.status, wait_s) or result.run_id
-            result.total_s = time.perf_counter() - started
+        result.total_s = time.perf_counter() - started
+        with ignored:
             result.write(folder)
 
 

@@ -1,59 +1,56 @@
 """Runs whose process is gone without a word: SIGKILL, a crash of the machine. The next start records them as KILLED."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from gaplab import config as configs
-from gaplab.config import PROJECT
+from gaplab.config import MLflow, Tracking
 from gaplab.errors import UserError
+from gaplab.files import read_json, refuse_links
 from gaplab.result import RunResult
-from gaplab.tracking.journal import has_ended
+from gaplab.tracking.journal import has_ended, start_sender
 from gaplab.tracking.outbox import Journal
 
 
-def recover(outputs: Path) -> list[Path]:
-    """End every run and sweep below `outputs` whose process is gone, with its jobs, as KILLED; their folders.
+def recover(outputs: Path, tracking: Tracking) -> list[Path]:
+    """End every run and sweep below `outputs` whose process on this machine is gone, with its jobs; their folders.
 
-    MLflow hears of it from a process of its own, in the background. Where nothing is amiss, this reads the last bytes
-    of each journal.
+    MLflow hears of those in the store of `tracking` or in the one beside them, in the background: a folder may be
+    somebody else's. Where nothing is amiss, this reads the last bytes of each journal.
     """
-    folders = [folder for kind in ("runs", "sweeps") for folder in sorted((outputs / kind).glob("*"))]
-    ended = [journal for folder in folders if not has_ended(folder) for journal in _ended(folder)]
-    if any(journal.store is not None for journal in ended):
-        subprocess.Popen(
-            [sys.executable, str(PROJECT / "src" / "sync.py"), f"paths.outputs='{outputs}'"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    return [journal.folder for journal in ended]
+    stores = {f"sqlite:///{outputs / 'mlflow.db'}", tracking.uri if isinstance(tracking, MLflow) else None}
+    ended = []
+    for folder in (folder for kind in ("runs", "sweeps") for folder in sorted((outputs / kind).glob("*"))):
+        if has_ended(folder) and any((folder / name).exists() for name in ("result.json", "sweep.json")):
+            continue
+        for journal in _ended(folder):
+            ended.append(journal.folder)
+            if journal.store is not None and journal.store["uri"] in stores:
+                start_sender(journal.folder)
+    return ended
 
 
 def _ended(folder: Path) -> Iterator[Journal]:
     """The journals below a folder that ended just now; those of runs that are still going are left alone."""
     for one in [*(path.parent for path in sorted(folder.glob("*/journal.jsonl"))), folder]:
         journal = Journal(one)
-        journal.read()
-        if journal.ended:
-            continue
-        try:
+        with suppress(OSError, UserError):  # a disk that cannot be written: the next start tries again
+            refuse_links(one)
+            journal.read()
+            if journal.attempts == 0 or journal.host is None:
+                continue
+            ended_before = journal.ended
             if journal.end_as_killed():
                 _record(one, journal.run_id or journal.id or "")
-                yield journal
-        except OSError:  # a disk that cannot be written; the next start tries again
-            continue
+                if not ended_before:
+                    yield journal
 
 
 def _record(folder: Path, run_id: str) -> None:
-    if (folder / "result.json").exists() or (folder / "sweep.json").exists():
+    if read_json(folder / "result.json") or (folder / "sweep.json").exists():
         return
-    try:
-        config = configs.load(folder / "config.yaml")
-    except UserError:
-        return
+    config = configs.load(folder / "config.yaml")
     result = RunResult(run_id, "KILLED", config.seed, configs.condition(config), configs.config_hash(config))
     result.error = "its process ended without a word"
     result.write(folder)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import tempfile
 import threading
@@ -313,7 +314,7 @@ def running(folder: Path) -> Iterator[None]:
 
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=launch.LOCK_WAIT_S)
     except Timeout:
         raise UserError(f"{folder}: this sweep is running") from None
     try:
@@ -343,7 +344,7 @@ def _run(
         claim = jobs[0].config.sweep.claim
         tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
         tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
-        recover(folder.parent.parent)
+        recover(folder.parent.parent, settings)
         for job in jobs:
             if str(job.folder) not in old:
                 tracker.child(job.folder)
@@ -375,7 +376,7 @@ def _run(
             tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, attempt)
             tracker.finish(status, wait_s)
             labels = conditions(jobs)
-            resume = f"sweep.resume={folder.name}" + ("" if in_here else f" hydra/launcher={launcher}")
+            resume = f"sweep.resume={shlex.quote(str(folder))}" + ("" if in_here else f" hydra/launcher={launcher}")
             print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")

@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import signal
 import sys
 import time
 import warnings
@@ -13,7 +12,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
 from rich.console import Console
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -113,14 +111,14 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, star
     try:
         with interrupt.deferred():
             trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:  # Lightning's, when the signal came at the very end of an epoch
-        raise interrupt.Interrupted(signal.SIGTERM) from None
     finally:
         result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
         result.steps = classifier.steps
         _record(result, measured)
 
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
+    if best["progress"]["epochs"] != measured.best.number:  # a crash, and a device that does not repeat itself
+        raise TrainingError(f"best.ckpt is not of the best epoch, {measured.best.number}; begin a new run")
     network.load_state_dict({name.removeprefix("network."): value for name, value in best["state_dict"].items()})
     network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
     with trainer.precision_plugin.forward_context():

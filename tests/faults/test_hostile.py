@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +40,6 @@ from gaplab.data.pictures import PictureFiles, find_pictures, load_pictures
 from gaplab.errors import UserError
 from gaplab.foreign import check_words
 from gaplab.targets import load_class
-from gaplab.tracking import mlflow
 from gaplab.training.checkpoint import read_checkpoint
 
 Act = Callable[[], Any]
@@ -1035,43 +1034,6 @@ def a_report_folder_that_is_a_link_out(inside: Path, canary: Path) -> Act:
     (canary.parent / "mine").mkdir()
     (folder / "report").symlink_to(canary.parent / "mine")
     return lambda: reported(inside)
-
-
-@hostile("sent: run finish")
-def a_journal_that_sends_files_of_this_machine(inside: Path, canary: Path) -> Act:
-    """With runs elsewhere, which would be written to, and artifacts elsewhere, a link to one among them."""
-    inside.mkdir()
-    secret = canary.parent / "kept.txt"
-    (canary.parent / "journal.jsonl").write_text('{"time": 0, "event": "run", "name": "x"}\n')
-    (inside / "link").symlink_to(secret)
-    events = [
-        {"event": "run", "name": "x"},
-        {"event": "child", "path": str(canary.parent)},
-        {"event": "child", "path": "/"},
-    ]
-    events += [{"event": "artifact", "path": str(path), "folder": ""} for path in (secret, inside / "link", inside)]
-    (inside / "journal.jsonl").write_text("".join(json.dumps({"time": 0} | one) + "\n" for one in events) + "5\n")
-
-    class Recorder:
-        sent: ClassVar[list[str]] = []
-
-        def __init__(self, store: dict[str, Any]) -> None:
-            pass
-
-        def adopt(self, parent: str) -> None:
-            pass
-
-        def send(self, journal: mlflow.Journal, event: dict[str, Any]) -> None:
-            journal.run_id = "1"
-            self.sent.append(event.get("path") or event["event"])
-
-    def act() -> str:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mlflow, "Sender", Recorder)
-            assert mlflow.main(inside, 2**22 + 1) == 0
-        return f"sent: {' '.join(Recorder.sent)}"
-
-    return act
 
 
 @hostile("not logged to MLflow: the sweep is in sqlite:////")

@@ -193,7 +193,7 @@ class SenderInThisProcess:
 
 @pytest.fixture
 def sender_in_this_process(monkeypatch):
-    monkeypatch.setattr("gaplab.tracking.journal._start_sender", SenderInThisProcess)
+    monkeypatch.setattr("gaplab.tracking.journal.start_sender", SenderInThisProcess)
 
 
 def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(
@@ -260,7 +260,7 @@ def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, send
 
 
 def test_a_report_on_a_killed_run_does_not_bring_it_back_to_life(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("gaplab.tracking.journal._start_sender", lambda folder: None)
+    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda folder: None)
     write(tmp_path / "run", "run", "metrics")
     tracker = Tracker.reopen(tmp_path / "run")
     tracker.close()

@@ -125,9 +125,11 @@ def read_run(folder: Path) -> Run:
     settings: dict[str, Any] = {}
     history: dict[str, dict[int, float]] = {}
     tags: dict[str, Any] = {}
-    digest, classes = "", 0
+    digest, classes, end = "", 0, "RUNNING"
     for event in read_journal(folder):
-        if event["event"] == "params":
+        if event["event"] in ("run", "finish"):
+            end = str(event.get("status", "RUNNING"))
+        elif event["event"] == "params":
             settings = event["values"]
         elif event["event"] == "tags":
             tags |= event["values"]
@@ -143,7 +145,7 @@ def read_run(folder: Path) -> Run:
         {
             "run_id": receipt.get("run_id") or result.get("run_id"),
             "name": folder.name,
-            "status": status if status in ENDED or not history else "RUNNING",
+            "status": status if status in ENDED or not history else end,
             "params": settings or _settings_of_file(folder / "config.yaml"),
             "tags": {"sweep": tags.get("sweep"), "diverged": result.get("diverged"), "error": result.get("error")},
             "metrics": {name: values[max(values)] for name, values in history.items()},

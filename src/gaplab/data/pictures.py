@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -201,7 +202,15 @@ class Streamed:
 def _loader(pictures: PictureFiles, batches: list[list[int]], workers: int) -> DataLoader[tuple[Tensor, str]]:
     generator = torch.Generator().manual_seed(0)  # the loader would otherwise draw from the run's own stream
     workers = min(workers, len(batches), usable_cores())  # more would wait for each other
-    return DataLoader(pictures, batch_sampler=batches, num_workers=workers, generator=generator)
+    return DataLoader(
+        pictures, batch_sampler=batches, num_workers=workers, generator=generator, worker_init_fn=_ignore_signals
+    )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """They are for the training process, which reads on until it has saved, and then ends its workers."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def load_pictures(

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from gaplab.config import PROJECT, MLflow, Tracking
 from gaplab.files import read_json, write_whole
 
-SEND_WAIT_S = 10.0  # the most that tracking adds to a command, all its waits together
+SEND_WAIT_S = 7.0  # all waits of a command together; MLflow's own start beside it costs some seconds more
 RUN_WAIT_S = 6.0
 PROBLEM_WAIT_S = 2.0
 LARGEST = 1e100  # of a metric; what is larger, or not a number, can only have been put there
@@ -173,7 +173,7 @@ class Tracker:
             receipt = read_receipt(self._folder)
             if receipt.pop("problem", None) is not None:  # an earlier sender's
                 write_receipt(self._folder, receipt)
-            self._sender = _start_sender(self._folder)
+            self._sender = start_sender(self._folder)
         except OSError as error:
             self._not_started = f"its process could not be started ({error.strerror})"
 
@@ -293,7 +293,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _start_sender(folder: Path) -> "subprocess.Popen[bytes]":
+def start_sender(folder: Path) -> "subprocess.Popen[bytes]":
     source = str(Path(__file__).resolve().parents[2])
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")

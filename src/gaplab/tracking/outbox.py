@@ -6,6 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gaplab.files import read_json
 from gaplab.tracking.journal import append, journal_of, parsed, read_receipt, write_receipt
 
 
@@ -120,7 +121,9 @@ class Journal:
             with FileLock(self.folder / ".lock", timeout=0):
                 self.read()
                 if not self.ended:
-                    word = {"event": "close"} if self.reopened else {"event": "finish", "status": "KILLED"}
+                    said = read_json(self.folder / "result.json").get("status")
+                    status = said if said in ("FINISHED", "FAILED") else "KILLED"
+                    word = {"event": "close"} if self.reopened else {"event": "finish", "status": status}
                     append(self.folder, **word, time=self._time)
                 self.read()
         except Timeout:

@@ -53,6 +53,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
+        interrupt.reclaim()  # Lightning stops between two of its batches, without a checkpoint
         self._trainer, self._classifier = trainer, pl_module
         self._start = self._saved = time.perf_counter()
         pl_module.after_step.append(lambda _: self.pause())
