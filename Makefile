@@ -38,7 +38,7 @@ report: $(READY) ## tables, figures and verdicts of the newest sweep
 sync: $(READY) ## send to MLflow what it does not have yet
 	@$(BIN)/python src/sync.py
 
-test: $(READY) ## run the whole test suite
+test: $(READY) ## run the tests, all but the half hour of test-faults
 	@$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/faults
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more

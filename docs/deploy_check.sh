@@ -8,36 +8,35 @@ if [ "${1:-}" != inside ]; then
     [ "${1:-}" = apart ] || exec unshare --mount --pid --fork --mount-proc --kill-child -- "$(realpath "$0")" apart
     cd "$(dirname "$0")/.."
     project=$PWD top=$(mktemp -d)
-    trap 'umount --lazy "$top/root" "$top" 2>/dev/null; rmdir "$top"' EXIT
+    trap 'umount --lazy "$top/system" "$top" 2>/dev/null; rmdir "$top"' EXIT
     mount -t tmpfs tmpfs "$top"
-    mkdir "$top"/{changes,work,root}
-    mount -t overlay overlay -o "lowerdir=/,upperdir=$top/changes,workdir=$top/work" "$top/root"
-    copy=$top/root/root/deploy
+    mkdir "$top"/{changes,work,system}
+    mount -t overlay overlay -o "lowerdir=/,upperdir=$top/changes,workdir=$top/work" "$top/system"
+    copy=$top/system/srv/deploy
     mkdir -p "$copy"
     awk -v to="$copy/" '/^```/ { if (out) { close(out); out = "" } else if (NF == 2) {
         out = $2; gsub("/", "%", out); out = to out; next } } out { print >> out }' docs/deploy.md
     sed -i 's|https://s3.example.org|http://127.0.0.1:9000|' "$copy/server"
-    sed "s|PROJECT|$project|" >"$top/root/etc/systemd/system/deploy-check.service" <<'U'
+    sed "s|PROJECT|$project|" >"$top/system/etc/systemd/system/deploy-check.service" <<'U'
 [Unit]
 After=multi-user.target
 [Service]
 Type=oneshot
-Environment=HOME=/root
-StandardOutput=file:/root/deploy/log
+StandardOutput=file:/srv/deploy/log
 StandardError=inherit
 ExecStart=PROJECT/docs/deploy_check.sh inside
-ExecStopPost=/bin/sh -c 'echo $EXIT_STATUS > /root/deploy/status; systemctl poweroff --no-block'
+ExecStopPost=/bin/sh -c 'echo $EXIT_STATUS > /srv/deploy/status; systemctl poweroff --no-block'
 U
-    ln -s ../deploy-check.service "$top/root/etc/systemd/system/multi-user.target.wants/"
+    ln -s ../deploy-check.service "$top/system/etc/systemd/system/multi-user.target.wants/"
     echo "installing"
-    chroot "$top/root" env PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive bash -euc '
+    chroot "$top/system" env PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive bash -euc '
         mount -t proc proc /proc; mount --bind /dev /dev 2>/dev/null || mount -t devtmpfs dev /dev
-        . /root/deploy/install; apt-get install -y openssh-server; python3 -m venv /opt/moto; /opt/moto/bin/pip install "moto[server]==5.2.5"
+        . /srv/deploy/install; apt-get install -y openssh-server; python3 -m venv /opt/moto; /opt/moto/bin/pip install "moto[server]==5.2.5"
         umount /dev /proc' >"$copy/install.log" 2>&1 || { tail "$copy/install.log"; exit 1; }
-    echo 198.51.100.7 mlflow.example.org >>"$top/root/etc/hosts"
+    echo 198.51.100.7 mlflow.example.org >>"$top/system/etc/hosts"
     touch "$copy/log"
     tail -f "$copy/log" &
-    systemd-nspawn --quiet --directory "$top/root" --bind-ro "$project" --bind-ro "$(realpath .venv)" --private-network \
+    systemd-nspawn --quiet --directory "$top/system" --bind-ro "$project" --bind-ro "$(realpath .venv)" --private-network \
         --register=no --keep-unit --boot --console=pipe </dev/null >"$copy/boot.log" 2>&1 || true
     sleep 1
     [ -e "$copy/status" ] || { tail "$copy/boot.log"; exit 1; }
@@ -45,10 +44,10 @@ U
 fi
 
 # ---- inside the copy
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=~root
 cd "$(dirname "$0")/.."
 project=$PWD
-at=/root/deploy
+at=/srv/deploy
 trap 'echo "FAILED in line $LINENO"; journalctl -u mlflow --no-pager -n 30' ERR
 run() { echo "== $1"; (cd "$project" && PATH="$project/.venv/bin:$PATH" bash -euo pipefail "$at/$1"); }
 is() { if [ "$2" = "$3" ]; then echo "ok   $1: $2"; else echo "FAIL $1: $2, not $3"; false; fi; }
@@ -70,7 +69,7 @@ echo
 (. $at/proxy) >"$at/passwords" || { cat "$at/passwords"; false; }
 secret() { awk -v name="$1" '$1 == name && NF == 2 { print $2 }' "$at/passwords"; }
 ada=ada:$(secret ada) grace=grace:$(secret grace)
-(umask 077; echo "machine mlflow.example.org login grace password $(secret grace)" >/root/.netrc)
+(umask 077; echo "machine mlflow.example.org login grace password $(secret grace)" >~/.netrc)
 run check | tee "$at/check.log"
 is "the page's own check" "$(sed -n 2,3p "$at/check.log" | tr '\n' ' ')$(tail -1 "$at/check.log" | tr -d "}")" "401 200 port 5000 is closed: good"
 
@@ -106,17 +105,17 @@ is "secrets in the journal" "$(journalctl --no-pager | grep -cFf $at/secret || t
 is "the file of secrets" "$(stat -c '%U %a' /etc/mlflow/mlflow.env)" "root 600"
 is "other users read it" "$(runuser -u nobody -- cat /etc/mlflow/mlflow.env 2>/dev/null || echo refused)" refused
 ssh-keygen -q -t ed25519 -N "" -f $at/key
-install -D -m 0600 $at/key.pub /root/.ssh/authorized_keys
+install -D -m 0600 $at/key.pub ~/.ssh/authorized_keys
 systemctl start ssh
 ssh -i $at/key -o StrictHostKeyChecking=no -o LogLevel=ERROR -f -N -L 5001:127.0.0.1:5000 root@198.51.100.7
 is "ssh tunnel: another port, the right Host" "$(code http://localhost:5001/) $(code -H 'Host: mlflow.example.org' http://localhost:5001/)" "403 200"
 unset PGPASSWORD "${!AWS_@}" "${!MLFLOW_@}"
 
 echo "== gaplab"
-mkdir -p -m 0700 /root/.mlflow
-printf '[mlflow]\nmlflow_tracking_username = grace\nmlflow_tracking_password = %s\n' "$(secret grace)" >/root/.mlflow/credentials
-cp -r data /root/data  # the project is read-only here
-sed -i 's|tracking.uri|data.root=/root/data data.train_size=1000 data.valid_size=500 trainer.max_epochs=2 figures=false paths.outputs=/root/outputs tracking.uri|' $at/client
+mkdir -p -m 0700 ~/.mlflow
+printf '[mlflow]\nmlflow_tracking_username = grace\nmlflow_tracking_password = %s\n' "$(secret grace)" >~/.mlflow/credentials
+cp -r data ~/data  # the project is read-only here
+sed -i 's|tracking.uri|data.root=$HOME/data data.train_size=1000 data.valid_size=500 trainer.max_epochs=2 figures=false paths.outputs=$HOME/outputs tracking.uri|' $at/client
 run client
 cat >$at/look.py <<'P'
 import sys, time
@@ -136,14 +135,14 @@ for run in runs:
     print(run.info.run_name, run.info.status, len(run.data.params), "parameters", len(run.data.metrics), "metrics", files)
 print("artifact root of the experiment:", experiment.artifact_location)
 if sys.argv[1:] == ["big"]:
-    big = Path("/root/big.bin")
+    big = Path("/srv/big.bin")
     big.write_bytes(bytes(range(256)) * 2**18)  # 64 MiB
     begin = time.monotonic()
     client.log_artifact(runs[0].info.run_id, str(big))
     sent = time.monotonic()
-    Path("/root/back").mkdir()
-back = client.download_artifacts(runs[0].info.run_id, "big.bin", "/root/back")
-assert Path(back).read_bytes() == Path("/root/big.bin").read_bytes()
+    Path("/srv/back").mkdir()
+back = client.download_artifacts(runs[0].info.run_id, "big.bin", "/srv/back")
+assert Path(back).read_bytes() == Path("/srv/big.bin").read_bytes()
 if sys.argv[1:] == ["big"]:
     print(f"64 MiB up in {sent - begin:.1f} s, down in {time.monotonic() - sent:.1f} s")
 P

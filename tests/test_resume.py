@@ -18,6 +18,7 @@ from gaplab import interrupt, launch
 from gaplab.analysis.runs import read_run
 from gaplab.data.datamodule import DataModule
 from gaplab.errors import UserError
+from gaplab.files import held
 from gaplab.tracking.journal import read_journal
 from gaplab.training.checkpoint import newest_checkpoint, read_checkpoint
 from gaplab.training.classifier import Classifier
@@ -202,7 +203,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
-    with launch._held(tmp_path), pytest.raises(UserError, match="this run is going on in another process"):
+    with held(tmp_path, "mine"), pytest.raises(UserError, match="this run is going on in another process"):
         launch.launch(composed(*RUN), tmp_path)
 
 

@@ -16,6 +16,7 @@ from gaplab import config as configs
 from gaplab import sweep
 from gaplab.analysis import runs as analysis
 from gaplab.errors import UserError
+from gaplab.files import held
 from gaplab.tracking.journal import read_journal
 
 JOBS = ["model.bn=false,true", "seed=0,1"]
@@ -177,16 +178,17 @@ def test_what_is_said_of_a_sweep_needs_one(word: str, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_is_held_by_one_process(tmp_path: Path):
-    with sweep.running(tmp_path):
-        code = f"from pathlib import Path; from gaplab import sweep; sweep.running(Path({str(tmp_path)!r})).__enter__()"
+def test_a_folder_is_held_by_one_process(tmp_path: Path):
+    with held(tmp_path, "mine"):
+        hold = f"held(Path({str(tmp_path)!r}), 'no').__enter__()"
+        code = f"from pathlib import Path; from gaplab.files import held; {hold}"
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONPATH": str(configs.PROJECT / "src")},
             capture_output=True,
             text=True,
         )
-    assert "this sweep is running" in done.stderr
+    assert done.stderr.endswith(f"{tmp_path}: no\n")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (configs.PROJECT / "conf/claim").glob("*.yaml")))

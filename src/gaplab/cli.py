@@ -18,6 +18,7 @@ from gaplab.files import plain
 from gaplab.foreign import check_words
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+LONGEST = 2000  # characters of a message; what was typed may be longer, and stands in front of what is allowed
 HELP = """\
 gaplab: train an image classifier and measure its overfitting gap, with an interval.
 
@@ -49,7 +50,6 @@ gaplab: what a sweep says, as tables, figures, verdicts and one HTML page.
 Change any key with key=value:
 
 {keys}"""
-LONGEST = 2000  # characters of a message; what was typed may be longer, and stands in front of what is allowed
 SYNC_HELP = """\
 gaplab: send to MLflow what it does not have yet, because its server was away while a run or a sweep went on.
 

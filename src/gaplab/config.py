@@ -229,7 +229,7 @@ class Trainer:
         "CPU threads of one operation, which decide the last bits; null for torch's own choice, and for 1 in a sweep.",
         Range(1, 1024),
     )
-    chunk_size: int = key(50, "Optimizer steps per call into Lightning; no effect on the result.", POSITIVE)
+    chunk_size: int = key(50, "Mini-batches per call of Lightning's; no effect on the result.", POSITIVE)
     log_activations_every: int | None = key(
         None,
         "Optimizer steps between two looks at the activations: 15th, 50th, 85th percentile of each activation "

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ MAX_TEXT_BYTES = 4_000_000  # of a config; the largest that gaplab writes has 5 
 MAX_JSON_BYTES = 256_000_000
 MAX_NODES = 100_000  # of a YAML document, its aliases written out
 MAX_DEPTH = 32
+LOCK_WAIT_S = 1  # others look for a moment whether it is held
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
 # control characters, line ends and marks that turn the writing direction: a terminal obeys them
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -73,6 +76,25 @@ def refuse_links(folder: Path) -> None:
         raise UserError(f"{plain(folder)}: cannot be read ({error.strerror})") from None
     for link in links:
         raise UserError(f"{plain(link)}: a link, to {plain(os.path.realpath(link))}; replace it by what it leads to")
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder`, so that no other process writes there; the lock ends with its process, however that ends.
+
+    Raises UserError that says `what` when another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise UserError(f"{folder}: {what}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_yaml(text: str, origin: str, resolved: bool = False) -> None:

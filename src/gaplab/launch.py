@@ -19,15 +19,13 @@ from gaplab import config as configs
 from gaplab import interrupt
 from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
-from gaplab.files import explain_disk, read_json, refuse_links, write_whole
+from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
 from gaplab.recovery import recover
 from gaplab.result import RunResult, print_summary
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-LOCK_WAIT_S = 1  # others look for a moment whether it is held
 
 
 def main(config: Config, typed: list[str]) -> None:
@@ -55,7 +53,7 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
     started = time.perf_counter()
     check_root(config.data)
     folder = _make_folder(config, folder)
-    with _explained_disk(folder), _held(folder), interrupt.handled():
+    with _explained_disk(folder), held(folder, "this run is going on in another process"), interrupt.handled():
         (folder / "result.json").unlink(missing_ok=True)  # of an earlier attempt
         if not (folder / "config.yaml").is_file():
             write_whole(folder / "config.yaml", configs.to_yaml(config))
@@ -63,13 +61,13 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
         tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
-        if not in_sweep:
-            recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)
             with _recorded(result, folder, tracker, console, started):
+                if not in_sweep:
+                    recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
                 from gaplab import worker  # torch and Lightning: seconds, in which the sender gets ready too
 
                 worker.run(config, folder, tracker, result, started, console)
@@ -122,22 +120,6 @@ def _explained_disk(folder: Path) -> Iterator[None]:
         raise TrainingError(explain_disk(error, folder) or str(error)) from error
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold the run in `folder`, so that no other process goes on with it; a lock ends with its process."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout:
-        raise UserError(f"{folder}: this run is going on in another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def resume(wanted: Config, typed: list[str]) -> RunResult | None:
     """Go on with the run that `wanted.resume` names, in its own words; None if it is finished. Raises UserError."""
     usual = ("resume=", "paths.outputs=", "allowed_targets=")
@@ -145,7 +127,7 @@ def resume(wanted: Config, typed: list[str]) -> RunResult | None:
     if others:
         raise UserError(f"resume: goes on with the run's own config, so {others[0]} cannot be said; begin a new run")
     assert wanted.resume is not None
-    folder = find_run(Path(wanted.paths.outputs), wanted.resume)
+    folder = find_run(configs.folder("paths.outputs", wanted.paths.outputs), wanted.resume)
     for one in (folder, folder / "checkpoints"):
         if one.is_dir():
             refuse_links(one)
@@ -160,13 +142,13 @@ def resume(wanted: Config, typed: list[str]) -> RunResult | None:
 
 def find_run(outputs: Path, name: str) -> Path:
     """The folder of a run by its path, its name in `outputs/runs`, or `latest`. Raises UserError."""
-    runs = outputs.expanduser().absolute() / "runs"
+    runs = outputs / "runs"
     if name == "latest":
         found = sorted(path.parent for path in runs.glob("*/config.yaml"))
         if not found:
             raise UserError(f"no run in {runs}")
         return found[-1]
-    for folder in (Path(name).expanduser().absolute(), runs / name):
+    for folder in (configs.folder("resume", name), runs / name):
         if (folder / "sweep.json").is_file() or (folder.parent / "sweep.json").is_file():
             sweep = folder if (folder / "sweep.json").is_file() else folder.parent
             raise UserError(f"{name}: of a sweep; go on with python src/train.py -m sweep.resume={sweep.name}")
@@ -204,7 +186,7 @@ def check_root(data: Data) -> None:
 
 
 def _make_folder(config: Config, folder: Path | None) -> Path:
-    outputs = Path(config.paths.outputs).expanduser().absolute()
+    outputs = configs.folder("paths.outputs", config.paths.outputs)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = configs.slug(configs.run_name(config))
     folder = folder or outputs / "runs" / f"{stamp}_{name}_{secrets.token_hex(3)}"

@@ -26,7 +26,7 @@ from gaplab import config as configs
 from gaplab import interrupt, launch
 from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
-from gaplab.files import plain, read_json, refuse_links, write_whole
+from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.machine import usable_cores
 from gaplab.recovery import recover
@@ -86,13 +86,13 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         raise UserError("hydra.sweep: gaplab names the folders of a sweep itself, in paths.outputs")
     resume = hydra_config.sweep.resume
     if resume and all(word.lstrip("+").startswith(("sweep.", "paths.", "allowed_targets=")) for word in typed):
-        outputs = Path(hydra_config.paths.outputs)
+        outputs = configs.folder("paths.outputs", hydra_config.paths.outputs)
         folder = find_sweep(outputs, resume)
         jobs = saved_jobs(folder)
     else:
         jobs = _compose(hydra_config, context, params, typed)
         settings = jobs[0].config
-        outputs = Path(settings.paths.outputs).expanduser().absolute()
+        outputs = configs.folder("paths.outputs", settings.paths.outputs)
         name = settings.sweep.claim or settings.name or f"{settings.data.name}_{settings.model.name}"
         folder = find_sweep(outputs, resume) if resume else _new_folder(outputs, name)
         jobs = _placed(folder, saved_jobs(folder) if resume else [], jobs)
@@ -147,7 +147,7 @@ def _stopped_with(folder: Path) -> Iterator[None]:
 
 def find_sweep(outputs: Path, name: str = "latest") -> Path:
     """The folder of a sweep by its path, its name in `outputs/sweeps`, or `latest`. Raises UserError."""
-    sweeps = outputs.expanduser().absolute() / "sweeps"
+    sweeps = outputs / "sweeps"
     if name == "latest":
         found = sorted(path.parent for path in sweeps.glob("*/sweep.json"))
         if not found:
@@ -307,22 +307,6 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
     write_whole(path, json.dumps(description, indent=1) + "\n")
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[None]:
-    """Hold the sweep in `folder`. Raises UserError when another process does."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=launch.LOCK_WAIT_S)
-    except Timeout:
-        raise UserError(f"{folder}: this sweep is running") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _run(
     console: Console,
     folder: Path,
@@ -336,7 +320,7 @@ def _run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"paths.outputs={folder.parent.parent}: cannot be written ({error.strerror})") from None
-    with running(folder):
+    with held(folder, "this sweep is running"):
         old = {event["path"] for event in read_journal(folder) if event["event"] == "child"}
         settings = launch.tracking(folder, jobs[0].config)
         _save(folder, jobs, typed)

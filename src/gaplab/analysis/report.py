@@ -21,8 +21,7 @@ from gaplab.analysis.claims import Verdict, judge
 from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
-from gaplab.files import plain, write_whole
-from gaplab.sweep import running
+from gaplab.files import held, plain, write_whole
 from gaplab.tracking.journal import Tracker, read_journal
 
 SHOWN_CONTRASTS = 16
@@ -37,7 +36,7 @@ def report(settings: configs.Report) -> Path:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    outputs = Path(settings.paths.outputs).expanduser().absolute()
+    outputs = configs.folder("paths.outputs", settings.paths.outputs)
     tracking = settings.tracking
     uri = tracking.uri if isinstance(tracking, configs.MLflow) else ""
     found = collect(outputs, uri, configs.listed(settings.sweep), configs.listed(settings.runs))
@@ -96,7 +95,7 @@ def _verdicts(runs: list[Run], parts: list[Section], settings: configs.Report) -
 def _folder(found: Collection, settings: configs.Report, outputs: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = found.folder / "report" if found.folder else outputs / "reports" / f"{stamp}_{secrets.token_hex(3)}"
-    folder = Path(settings.output).expanduser().absolute() if settings.output else folder
+    folder = configs.folder("output", settings.output) if settings.output else folder
     if found.folder and folder.is_symlink() and not settings.output:
         raise UserError(f"{plain(folder)}: a link, to {plain(folder.resolve())}; name that with output=…, or delete it")
     try:
@@ -116,7 +115,7 @@ def _parent(found: Collection, uri: str) -> Iterator[Tracker | None]:
         tracker = None
         if found.folder is not None:
             try:
-                stack.enter_context(running(found.folder))
+                stack.enter_context(held(found.folder, "this sweep is running"))
                 began = next((event["uri"] for event in read_journal(found.folder) if "uri" in event), uri)
                 beside = f"sqlite:///{found.folder.parent.parent / 'mlflow.db'}"
                 if began.startswith("sqlite:///") and began not in (uri, beside):

@@ -307,9 +307,10 @@ def name_result(folder: Path, run_id: str) -> None:
     """Let `result.json` say MLflow's id of the run, unless somebody holds the folder."""
     from filelock import FileLock, Timeout
 
-    result = read_json(folder / "result.json")
-    if result and result.get("run_id") != run_id:
-        with contextlib.suppress(Timeout, OSError), FileLock(folder / ".lock", timeout=0):
+    if read_json(folder / "result.json").get("run_id", run_id) == run_id:
+        return
+    with contextlib.suppress(Timeout, OSError), FileLock(folder / ".lock", timeout=0):
+        if result := read_json(folder / "result.json"):
             write_whole(folder / "result.json", json.dumps(result | {"run_id": run_id}, indent=2) + "\n")
 
 

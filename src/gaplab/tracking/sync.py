@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gaplab import config as configs
 from gaplab.config import Sync
 from gaplab.errors import TrainingError, UserError
 from gaplab.tracking.journal import journal_of
@@ -13,7 +14,7 @@ def sync(settings: Sync) -> None:
 
     Raises TrainingError when something could not be sent, UserError when there is no such folder.
     """
-    outputs = Path(settings.paths.outputs).expanduser().absolute()
+    outputs = configs.folder("paths.outputs", settings.paths.outputs)
     if not outputs.is_dir():
         raise UserError(f"paths.outputs={settings.paths.outputs}: no such folder")
     folders = [one for kind in ("runs", "sweeps") for one in sorted((outputs / kind).glob("*")) if one.is_dir()]

@@ -116,10 +116,6 @@ class ChecksumIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path), map_location)
 
-    def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        _checksum_path(Path(path)).unlink(missing_ok=True)
-
 
 def _keep(path: Path, older: Path) -> None:
     """Let `older` be what `path` is. At every instant one of the two is whole and has its checksum."""
