@@ -17,6 +17,7 @@ from typing import Any
 
 from gaplab.errors import UserError
 from gaplab.files import check_yaml, plain, read_text
+from gaplab.machine import usable_cores
 from gaplab.targets import check_target
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,7 @@ RESNETS = (
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
+PROCESSES_PER_CORE = 4  # more only wait for each other
 POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
 SCALE = Range(0, 1e38, "(]")  # what float32 can hold
 COUNT_OR_FRACTION = Range(0, 10**9, "(]")
@@ -216,7 +218,20 @@ class Step(Scheduler):
 class Trainer:
     max_epochs: int = key(10, "Epochs to train.", POSITIVE)
     accelerator: str = key("auto", "Where to compute.", ("auto", "cpu", "cuda", "gpu"))
-    devices: int = key(1, "Devices to train on; this version trains on one.", POSITIVE)
+    devices: int = key(
+        1, "Devices of this machine to train on: GPUs, or on the CPU processes. They share every mini-batch.", POSITIVE
+    )
+    num_nodes: int = key(1, "Machines that train together, each with as many devices.", POSITIVE)
+    node_rank: int = key(0, "Which of the machines this is; the first one, 0, keeps the run.", Range(0, 1e6))
+    rdzv_endpoint: str | None = key(None, "host:port of the first machine, where the others find it.")
+    join_timeout_s: float = key(300.0, "Seconds that machines wait at the start for those missing.", Range(1, 1e6))
+    rank_timeout_s: float = key(
+        20.0, "Seconds that devices wait for one that does not answer, until the run fails.", Range(1, 1e6)
+    )
+    sync_batchnorm: Any = key(
+        "auto",
+        "BatchNorm over the whole mini-batch of all devices, true, or over each one's part of it; auto: true on GPUs.",
+    )
     precision: str = key("32-true", "Number format, in Lightning's terms.", ("32-true", "bf16-mixed", "64-true"))
     deterministic: bool = key(False, "Refuse operations whose result varies from run to run (CUDA).")
     early_stopping: int | None = key(
@@ -511,7 +526,9 @@ def _digest(values: dict[str, Any]) -> str:
 def decides(name: str) -> bool:
     """Whether a key decides the numbers: not where things lie, nor how the run is called, drawn or tracked."""
     where = ("tracking.", "checkpoint.", "sweep.", "paths.", "data.root", "allowed_targets")
-    return not name.startswith(where) and name not in ("name", "figures", "resume")
+    machines = ("node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
+    others = ("name", "figures", "resume", *(f"trainer.{one}" for one in machines))
+    return not name.startswith(where) and name not in others
 
 
 def _said(config: Config) -> dict[str, Any]:
@@ -637,7 +654,7 @@ def check(config: Config) -> None:
         raise UserError("optimizer.nesterov=true: needs optimizer.momentum above 0")
     if model.bn and data.batch_size == 1:
         raise UserError("data.batch_size=1: BatchNorm (model.bn=true) needs at least 2 samples in a batch")
-    _check_devices(trainer)
+    _check_devices(trainer, data, model.bn)
     if isinstance(config.tracking, MLflow):
         scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
         known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
@@ -684,13 +701,50 @@ def cuda_devices() -> int:
     return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
-def _check_devices(trainer: Trainer) -> None:
+def _check_devices(trainer: Trainer, data: Data, bn: bool) -> None:
     cuda = cuda_devices() if trainer.accelerator in ("auto", "cuda", "gpu") else 0
     if trainer.accelerator in ("cuda", "gpu") and cuda == 0:
         raise UserError(f"trainer.accelerator={trainer.accelerator}: no CUDA device here; use auto or cpu")
-    if trainer.devices > 1:
-        there = f"{cuda} CUDA device{'s' * (cuda != 1)}" if cuda else "1 device"
-        raise UserError(f"trainer.devices={trainer.devices}: there is {there} here, and this version trains on 1")
+    most = cuda or PROCESSES_PER_CORE * usable_cores()
+    if trainer.devices > most:
+        kind = "CUDA device" if cuda else f"processes, {PROCESSES_PER_CORE} a core,"
+        here = f"there is 1 {kind} here" if cuda == 1 else f"{most} {kind}{'s' * bool(cuda)} are the most here"
+        raise UserError(f"trainer.devices={trainer.devices}: {here}")
+    if trainer.sync_batchnorm not in ("auto", True, False):
+        raise UserError(f"trainer.sync_batchnorm={trainer.sync_batchnorm}: must be auto, true or false")
+    if trainer.sync_batchnorm is True and not cuda:
+        raise UserError(
+            "trainer.sync_batchnorm=true: needs GPUs; on the CPU each device takes its part of the batch, and running "
+            "statistics are averaged; use auto"
+        )
+    world = world_size(trainer)
+    if data.batch_size % world:
+        near = max(1, round(data.batch_size / world)) * world
+        raise UserError(f"data.batch_size={data.batch_size}: must divide among {world} devices; {near} would")
+    if bn and data.batch_size < 2 * world:
+        raise UserError(f"data.batch_size={data.batch_size}: BatchNorm needs 2 samples on each of {world} devices")
+    _check_nodes(trainer)
+
+
+def _check_nodes(trainer: Trainer) -> None:
+    if trainer.node_rank >= trainer.num_nodes:
+        raise UserError(
+            f"trainer.node_rank={trainer.node_rank}: must be below trainer.num_nodes={trainer.num_nodes}; the first "
+            "machine is 0"
+        )
+    if trainer.num_nodes == 1:
+        return
+    host, _, port = (trainer.rdzv_endpoint or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"trainer.rdzv_endpoint={trainer.rdzv_endpoint or 'null'}: with trainer.num_nodes={trainer.num_nodes} it "
+            "must be host:port of the first machine"
+        )
+
+
+def world_size(trainer: Trainer) -> int:
+    """Devices that train together, on all machines."""
+    return trainer.devices * trainer.num_nodes
 
 
 def did_you_mean(word: str, known: Any) -> str:

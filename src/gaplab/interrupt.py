@@ -26,19 +26,24 @@ class _State:
     """Signals belong to the process, and so does this."""
 
     handling = False
+    quiet = False
     pending: int | None = None
     deferring = 0
     farewell: Callable[[], None] | None = None
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM raise Interrupted. Does nothing inside another, or outside the main thread."""
+def handled(quiet: bool = False) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM raise Interrupted. Does nothing inside another, or outside the main thread.
+
+    Args:
+        quiet: say nothing to people when a checkpoint is to be waited for.
+    """
     if _State.handling or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    _State.handling, _State.pending = True, None
+    _State.handling, _State.pending, _State.quiet = True, None, quiet
     try:
         for signum, handler in before.items():
             if handler is not signal.SIG_IGN:  # as a shell has it for what it starts in the background
@@ -77,9 +82,9 @@ def farewell(call: Callable[[], None]) -> Iterator[None]:
         _State.farewell = None
 
 
-def pending() -> bool:
-    """Whether a signal waits for `check`."""
-    return _State.pending is not None
+def pending() -> int | None:
+    """The signal that waits for `check`, if any."""
+    return _State.pending
 
 
 def check() -> None:
@@ -92,7 +97,8 @@ def _handle(signum: int, _frame: object) -> None:
     first, _State.pending = _State.pending is None, signum
     if first and (_State.deferring or _State.farewell):
         with suppress(OSError):  # whoever read it may be gone with the same signal
-            os.write(2, b"stopping, with a checkpoint; once more stops at once\n")
+            if not _State.quiet:
+                os.write(2, b"stopping, with a checkpoint; once more stops at once\n")
         if _State.deferring:
             return
         assert _State.farewell is not None

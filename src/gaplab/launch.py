@@ -1,6 +1,7 @@
 """One job: make its folder, start its tracking, and only then import what is heavy and run it."""
 
 import logging
+import os
 import secrets
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaplab import config as configs
-from gaplab import interrupt
+from gaplab import interrupt, torchrun
 from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 def main(config: Config, typed: list[str]) -> None:
     """What `train.py` was asked for: a new run, or to go on with one. Raises as `launch` does."""
     _refuse_sweep_words(config)
+    _refuse_torchrun()
     if config.resume is not None:
         resume(config, typed)
+    elif config.trainer.node_rank:
+        check_root(config.data)
+        torchrun.join(config)
     else:
         launch(config)
 
@@ -68,9 +73,12 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
             with _recorded(result, folder, tracker, console, started):
                 if not in_sweep:
                     recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
-                from gaplab import worker  # torch and Lightning: seconds, in which the sender gets ready too
+                if configs.world_size(config.trainer) > 1:
+                    torchrun.run(config, folder, result, started, folder / "console.log" if in_sweep else None)
+                else:
+                    from gaplab import worker  # torch and Lightning: seconds, in which the sender gets ready too
 
-                worker.run(config, folder, tracker, result, started, console)
+                    worker.run(config, folder, tracker, result, started, console)
             print_summary(console, result, config)
     return result
 
@@ -122,7 +130,8 @@ def _explained_disk(folder: Path) -> Iterator[None]:
 
 def resume(wanted: Config, typed: list[str]) -> RunResult | None:
     """Go on with the run that `wanted.resume` names, in its own words; None if it is finished. Raises UserError."""
-    usual = ("resume=", "paths.outputs=", "allowed_targets=")
+    devices = ("devices", "num_nodes", "node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
+    usual = ("resume=", "paths.outputs=", "allowed_targets=", *(f"trainer.{name}=" for name in devices))
     others = [word for word in typed if not word.lstrip("+").startswith(usual)]
     if others:
         raise UserError(f"resume: goes on with the run's own config, so {others[0]} cannot be said; begin a new run")
@@ -132,10 +141,16 @@ def resume(wanted: Config, typed: list[str]) -> RunResult | None:
         if one.is_dir():
             refuse_links(one)
     config = configs.load(folder / "config.yaml")
+    said = [name for name in devices if any(word.startswith(f"trainer.{name}=") for word in typed)]
+    config = replace(config, trainer=replace(config.trainer, **{name: getattr(wanted.trainer, name) for name in said}))
+    configs.check(config)
     configs.check_trust(config, typed)
     result = read_json(folder / "result.json")
     if result.get("status") == "FINISHED":
         print(f"{configs.run_name(config)}  in {folder} is finished")
+        return None
+    if config.trainer.node_rank:
+        torchrun.join(config)
         return None
     return launch(config, folder)
 
@@ -174,6 +189,14 @@ def _refuse_sweep_words(config: Config) -> None:
     claim = next((word for word in overrides() if word.startswith("claim=") and word != "claim=null"), None)
     if claim or config.sweep.resume or config.sweep.dry_run:
         raise UserError(f"{claim or 'sweep.resume and sweep.dry_run'}: said of a sweep; add -m")
+
+
+def _refuse_torchrun() -> None:
+    """Each of its processes would begin a run of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "LOCAL_RANK" in os.environ:
+        raise UserError(
+            "torchrun: gaplab starts it by itself; python src/train.py trainer.devices=… trainer.num_nodes=…"
+        )
 
 
 def check_root(data: Data) -> None:

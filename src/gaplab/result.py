@@ -31,6 +31,7 @@ class RunResult:
     total_s: float = 0.0
     steps_per_s: float | None = None
     device: str = ""
+    batchnorm: str | None = None  # on several devices: "synchronized", or "averaged" running statistics
     train_acc: float | None = None
     valid_acc: float | None = None
     gap_acc: float | None = None
@@ -86,10 +87,11 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
             "" if test is None else f"{test:.4f}",
         )
     console.print(table)
+    batchnorm = f", BatchNorm {result.batchnorm}" if result.batchnorm else ""
     console.print(
         f"{result.epochs} epochs, {result.fit_s:.1f} s of training and measuring, "
         f"{result.total_s:.1f} s in all; "
-        f"{result.params:,} parameters, {result.device}",
+        f"{result.params:,} parameters, {result.device}{batchnorm}",
         soft_wrap=True,
     )
     toggled = "false" if config.model.bn else "true"

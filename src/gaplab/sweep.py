@@ -207,6 +207,8 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
         config = _compose_one(hydra_config, context, overrides, typed, known)
         if config.trainer.threads is None:  # the same whatever the launcher, for it decides the last bits
             config = replace(config, trainer=replace(config.trainer, threads=1))
+        if config.trainer.num_nodes > 1:
+            raise UserError("trainer.num_nodes: of a single run; the jobs of a sweep train on one machine each")
         if config.resume:
             raise UserError("resume: of a single run; a sweep goes on with sweep.resume=latest")
         # what is said of the sweep is not said of its jobs
@@ -423,7 +425,7 @@ def _set_parallel(hydra_config: Any, settings: Config) -> int:
     cores = usable_cores()
     if launcher.n_jobs == -1:
         with open_dict(hydra_config):
-            launcher.n_jobs = max(1, cores // (settings.trainer.threads or 1))
+            launcher.n_jobs = max(1, cores // ((settings.trainer.threads or 1) * settings.trainer.devices))
             launcher.batch_size = "1"
     return int(launcher.n_jobs)
 

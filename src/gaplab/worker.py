@@ -5,13 +5,16 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from matplotlib.figure import Figure
 from rich.console import Console
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -27,11 +30,13 @@ from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
 from gaplab.nn.footprint import Footprint, footprint
 from gaplab.nn.init import lsuv_
+from gaplab.ranks import ALONE, Ranks
 from gaplab.result import RESULT_NAMES, RunResult
+from gaplab.seeding import derive_seed
 from gaplab.tracking.journal import Tracker
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint, read_checkpoint
-from gaplab.training.classifier import Classifier
+from gaplab.training.classifier import Batch, Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict
 from gaplab.training.progress import ProgressBar
 
@@ -40,7 +45,15 @@ LSUV_SAMPLES = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def run(config: Config, folder: Path, tracker: Tracker, result: RunResult, started: float, console: Console) -> None:
+def run(
+    config: Config,
+    folder: Path,
+    tracker: Tracker,
+    result: RunResult,
+    started: float,
+    console: Console,
+    ranks: Ranks = ALONE,
+) -> None:
     """Train, measure, track: from the beginning, or from the newest checkpoint in `folder`.
 
     Args:
@@ -50,12 +63,13 @@ def run(config: Config, folder: Path, tracker: Tracker, result: RunResult, start
         result: filled in as things become known.
         started: `time.perf_counter()` when the command began.
         console: where to tell people of it.
+        ranks: the processes that train together; all run this, and the first one writes.
 
     Raises UserError, TrainingError, Interrupted.
     """
     try:
         with quiet_lightning():
-            _run(config, folder, tracker, result, started, console)
+            _run(config, folder, tracker, result, started, console, ranks)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -70,22 +84,37 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, started: float, console: Console) -> None:
+def _run(
+    config: Config,
+    folder: Path,
+    tracker: Tracker,
+    result: RunResult,
+    started: float,
+    console: Console,
+    ranks: Ranks,
+) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
         if config.trainer.threads > (most := THREADS_PER_CORE * usable_cores()):
             raise UserError(f"trainer.threads={config.trainer.threads}: at most {most} here, {THREADS_PER_CORE} a core")
         torch.set_num_threads(config.trainer.threads)
+    elif ranks.size > 1:
+        torch.set_num_threads(max(1, usable_cores() // config.trainer.devices))
     pl.seed_everything(config.seed, verbose=False)
     data = build_datamodule(
-        config.data, config.seed, config.trainer.chunk_size, config.model.bn, config.allowed_targets
+        config.data, config.seed, config.trainer.chunk_size, config.model.bn, config.allowed_targets, ranks
     )
-    data.save_splits(folder / "splits.npz")
+    digest = data.splits["train"].source.digest()
+    if len(set(ranks.everyones(digest))) > 1:
+        raise UserError(f"data.root={config.data.root}: the machines do not hold the same data")
+    if ranks.rank == 0:
+        data.save_splits(folder / "splits.npz")
     network = _build_network(config, data)
+    if ranks.rank:  # dropout is each process's own; whatever is drawn before this is the same in all
+        torch.manual_seed(derive_seed(config.seed, "rank", ranks.rank))
     result.params = sum(parameter.numel() for parameter in network.parameters())
     sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
-    digest = data.splits["train"].source.digest()
     tracker.dataset(config.data.name, digest, config.data.root, sizes)
 
     progress = ProgressBar(console)
@@ -94,19 +123,24 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, star
         tracker.metrics(epoch.metrics(), epoch.number)
         progress.show(epoch, config.trainer.max_epochs)
 
-    measured = GapCallback(lambda split: checkpoints.paused(data.batches(split)), len(data.classes), on_epoch)
+    def batches(split: str) -> Iterator[Batch]:
+        return checkpoints.paused(data.batches(split, shared=True))
+
+    measured = GapCallback(batches, len(data.classes), on_epoch, ranks)
     checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1]
+        folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1], ranks
     )
     callbacks: list[pl.Callback] = [measured, progress]
     looks = None
     if every := config.trainer.log_activations_every:
         looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
         callbacks.append(looks)
-    trainer = _trainer(config, folder, [*callbacks, checkpoints])
-    classifier = _classifier(config, data, network, digest)
-    result.device = _device_name(trainer.strategy.root_device)
-    checkpoint = _go_on(folder / "checkpoints", classifier, data, console)
+    trainer = _trainer(config, folder, [*callbacks, checkpoints], ranks)
+    classifier = _classifier(config, data, network, digest, ranks)
+    result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
+    if ranks.size > 1 and config.model.bn:
+        result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
+    checkpoint = _go_on(folder / "checkpoints", classifier, data, console, ranks)
     start = time.perf_counter()
     try:
         with interrupt.deferred():
@@ -115,6 +149,8 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, star
         result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
         result.steps = classifier.steps
         _record(result, measured)
+    if ranks.rank:
+        return
 
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     if best["progress"]["epochs"] != measured.best.number:  # a crash, and a device that does not repeat itself
@@ -141,9 +177,10 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, star
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
 
 
-def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Console) -> Path | None:
+def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Console, ranks: Ranks) -> Path | None:
     """The checkpoint in `folder` to go on from, if any. Raises UserError if it is of another network or other data."""
-    path, wrong = newest_checkpoint(folder)
+    # the others take the first one's word: a folder may reach another machine late
+    path, wrong = ranks.everyones(newest_checkpoint(folder) if ranks.rank == 0 else (None, []))[0]
     for reason in wrong:
         console.print(reason, markup=False, soft_wrap=True)
     if path is None:
@@ -167,7 +204,7 @@ def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Cons
     return path
 
 
-def _classifier(config: Config, data: DataModule, network: Network, digest: str) -> Classifier:
+def _classifier(config: Config, data: DataModule, network: Network, digest: str, ranks: Ranks) -> Classifier:
     return Classifier(
         network,
         config.optimizer,
@@ -183,10 +220,13 @@ def _classifier(config: Config, data: DataModule, network: Network, digest: str)
         accumulate=config.trainer.accumulate_grad_batches,
         clip=config.trainer.gradient_clip_val,
         allowed_targets=config.allowed_targets,
+        batch_size=config.data.batch_size,
+        samples_per_epoch=data.samples_per_epoch,
+        ranks=ranks,
     )
 
 
-def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: Ranks) -> pl.Trainer:
     """Lightning's Trainer, with what gaplab does itself switched off."""
     settings = config.trainer
     stopping: list[pl.Callback] = []
@@ -196,18 +236,33 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.T
         ]
     return pl.Trainer(
         accelerator=_accelerator(settings.accelerator),
-        devices=1,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=_strategy(ranks),
+        sync_batchnorm=_synchronizes(config),
         max_epochs=settings.max_epochs,
         precision=settings.precision,  # type: ignore[arg-type]
         deterministic=settings.deterministic,
         callbacks=[*callbacks, *stopping],
-        plugins=[ChecksumIO()],
+        plugins=[ChecksumIO(), LightningEnvironment() if ranks.size == 1 else TorchElasticEnvironment()],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _strategy(ranks: Ranks) -> Strategy | str:
+    """BatchNorm's statistics are averaged when they are needed, not sent from the first process in every chunk."""
+    return DDPStrategy(process_group=ranks.gradients, broadcast_buffers=False) if ranks.size > 1 else "auto"
+
+
+def _synchronizes(config: Config) -> bool:
+    """Whether BatchNorm sees the whole mini-batch of all devices."""
+    wanted = config.trainer.sync_batchnorm
+    several = configs.world_size(config.trainer) > 1
+    return several and bool(_accelerator(config.trainer.accelerator) == "cuda" if wanted == "auto" else wanted)
 
 
 def _keep_freed_memory() -> None:

@@ -7,7 +7,7 @@ from gaplab.data.loader import ChunkLoader, EpochOrder, augmentation
 INDICES = torch.arange(100, 201)  # 101 samples
 
 
-def batches_of(chunk_size: int, epoch: int = 0, drop_single: bool = False, begin: int = 0) -> list[list[int]]:
+def batches_of(chunk_size: int, epoch: int = 0, least: int = 1, begin: int = 0) -> list[list[int]]:
     sampler = EpochOrder(INDICES, seed=3)
     sampler.set_epoch(epoch)
     numbers = []
@@ -16,7 +16,7 @@ def batches_of(chunk_size: int, epoch: int = 0, drop_single: bool = False, begin
         numbers.append(first)
         return ((batch, batch) for batch in batches)
 
-    loader = ChunkLoader(read, sampler, 10, chunk_size, drop_single)
+    loader = ChunkLoader(read, sampler, 10, chunk_size, least)
     loader.begin = begin
     chunks = list(loader)
     assert numbers == [begin]
@@ -42,14 +42,12 @@ def test_an_epoch_goes_on_where_it_was_left_in_as_many_chunks():
 
 
 def test_a_last_batch_of_one_sample_is_left_out_for_batchnorm():
-    assert [len(batch) for batch in batches_of(4, drop_single=True)] == [10] * 10
+    assert [len(batch) for batch in batches_of(4, least=2)] == [10] * 10
 
 
 def test_chunks_read_batches_only_when_these_are_used():
     read = []
-    loader = ChunkLoader(
-        lambda batches, *_: ((read.append(0), b) for b in batches), EpochOrder(INDICES, 0), 10, 4, drop_single=False
-    )
+    loader = ChunkLoader(lambda batches, *_: ((read.append(0), b) for b in batches), EpochOrder(INDICES, 0), 10, 4)
     first, *_ = list(loader)
     assert read == []
     next(iter(first))
@@ -60,7 +58,7 @@ IMAGES = torch.arange(1, 1 + 64 * 3 * 6 * 5).remainder(255).add(1).to(torch.uint
 
 
 def test_flip_mirrors_about_half_of_the_pictures_each_as_a_whole():
-    flipped = augmentation("flip", 4, seed=0, epoch=0)(IMAGES, 0)
+    flipped = augmentation("flip", 4, seed=0, epoch=0)(IMAGES, 0, len(IMAGES), 0)
     same = [bool(torch.equal(a, b)) for a, b in zip(IMAGES, flipped, strict=True)]
     mirrored = [bool(torch.equal(a.flip(2), b)) for a, b in zip(IMAGES, flipped, strict=True)]
     assert all(a or b for a, b in zip(same, mirrored, strict=True))
@@ -68,7 +66,7 @@ def test_flip_mirrors_about_half_of_the_pictures_each_as_a_whole():
 
 
 def test_crop_shifts_each_picture_on_its_own_and_zeros_move_in():
-    shifted = augmentation("crop", 2, seed=0, epoch=0)(IMAGES, 0)
+    shifted = augmentation("crop", 2, seed=0, epoch=0)(IMAGES, 0, len(IMAGES), 0)
     padded = torch.nn.functional.pad(IMAGES, (2, 2, 2, 2))
     found = set()
     for image, result in zip(padded, shifted, strict=True):

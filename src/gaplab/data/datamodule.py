@@ -17,6 +17,7 @@ from gaplab.data.pictures import find_pictures, load_pictures
 from gaplab.data.resident import Source
 from gaplab.data.splits import noisy_labels, split
 from gaplab.errors import UserError
+from gaplab.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class DataModule(LightningDataModule):
         data: the config group.
         seed: the run's seed.
         chunk_size: mini-batches in a chunk.
-        drop_single: see `ChunkLoader`.
+        bn: whether the network has BatchNorm, which takes at least 2 samples of a batch on each device.
+        ranks: the processes that train together; each reads its part of every mini-batch.
 
     Attributes:
         mean, std: float64 (C,) over the train split alone, in units of [0, 1]; 0 and 1 as far as `normalize` leaves
@@ -47,7 +49,14 @@ class DataModule(LightningDataModule):
     """
 
     def __init__(
-        self, splits: dict[str, Split], classes: list[str], data: Data, seed: int, chunk_size: int, drop_single: bool
+        self,
+        splits: dict[str, Split],
+        classes: list[str],
+        data: Data,
+        seed: int,
+        chunk_size: int,
+        bn: bool,
+        ranks: Ranks,
     ) -> None:
         super().__init__()
         self.splits = splits
@@ -55,23 +64,33 @@ class DataModule(LightningDataModule):
         self.in_shape = splits["train"].source.in_shape
         self._data = data
         self._seed = seed
+        self._ranks = ranks
         mean, std = splits["train"].source.moments(splits["train"].indices)
         self.mean = torch.zeros_like(mean) if data.normalize in ("none", "binary") else mean
         self.std = std if data.normalize == "standardize" else torch.ones_like(std)
         sampler = EpochOrder(splits["train"].indices, seed)
-        self._loader = ChunkLoader(self._read_train, sampler, data.batch_size, chunk_size, drop_single)
+        self._loader = ChunkLoader(
+            self._read_train, sampler, data.batch_size, chunk_size, least=2 * ranks.size if bn else 1
+        )
         side = min(self.in_shape[1:])
         if "crop" in data.augment and data.crop_padding >= side:
             raise UserError(f"data.crop_padding={data.crop_padding}: must be below {side}, the side of the pictures")
         if self._loader.steps == 0:
-            raise UserError(f"data.batch_size={data.batch_size}: the train split has one sample, too few for BatchNorm")
-        if self._loader.drops_single:
-            log.warning("the last training batch of each epoch has one sample, too few for BatchNorm: it is left out")
+            few = f"{self._loader.left_out} sample{'s' * (self._loader.left_out != 1)}"
+            raise UserError(f"data.batch_size={data.batch_size}: the train split has {few}, too few for BatchNorm")
+        if (left_out := self._loader.left_out) and ranks.rank == 0:
+            few, on = ("one sample", "") if left_out == 1 else (f"{left_out} samples", f" on {ranks.size} devices")
+            log.warning("each epoch's last training batch has %s, too few for BatchNorm%s: it is left out", few, on)
 
     @property
     def batches_per_epoch(self) -> int:
         """Mini-batches in an epoch."""
         return self._loader.steps
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on."""
+        return self._loader.samples
 
     def setup(self, stage: str) -> None:
         """Move what is resident to the training device; Lightning calls this."""
@@ -90,9 +109,14 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> ChunkLoader:
         return self._loader
 
-    def batches(self, name: str) -> Iterator[Batch]:
-        """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,)."""
-        yield from _read(self.splits[name], list(self.splits[name].indices.split(self._data.eval_batch_size)))
+    def batches(self, name: str, shared: bool = False) -> Iterator[Batch]:
+        """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,).
+
+        `shared` among the processes that train together, each gets its part of them.
+        """
+        indices = self.splits[name].indices
+        indices = self._ranks.share(indices) if shared else indices
+        yield from _read(self.splits[name], list(indices.split(self._data.eval_batch_size)))
 
     def sample(self, name: str, count: int) -> Tensor:
         """The same `count` images of a split every time, or all if they are fewer: uint8 (B, C, H, W)."""
@@ -106,13 +130,13 @@ class DataModule(LightningDataModule):
         self._loader.begin = batch
 
     def _read_train(self, batches: list[Tensor], epoch: int, first: int) -> Iterator[Batch]:
-        stream = _read(self.splits["train"], batches)
+        stream = _read(self.splits["train"], [self._ranks.share(batch) for batch in batches])
         if self._data.augment == "none":
             yield from stream
             return
         augment = augmentation(self._data.augment, self._data.crop_padding, self._seed, epoch)
-        for number, (images, labels) in enumerate(stream, first):
-            yield augment(images, number), labels
+        for number, (batch, (images, labels)) in enumerate(zip(batches, stream, strict=True), first):
+            yield augment(images, number, len(batch), self._ranks.first(len(batch))), labels
 
 
 def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:
@@ -121,7 +145,12 @@ def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:
 
 
 def build_datamodule(
-    data: Data, seed: int, chunk_size: int = 50, drop_single: bool = False, allowed_targets: list[str] | None = None
+    data: Data,
+    seed: int,
+    chunk_size: int = 50,
+    bn: bool = False,
+    allowed_targets: list[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> DataModule:
     """Read the data that a config group describes, and split them. Raises UserError."""
     if isinstance(data, ImageFolder):
@@ -150,7 +179,7 @@ def build_datamodule(
     }
     if len(parts.get("test", [])):
         splits["test"] = Split(test_source, torch.from_numpy(parts["test"]), test_source.labels)
-    return DataModule(splits, classes, data, seed, chunk_size, drop_single)
+    return DataModule(splits, classes, data, seed, chunk_size, bn, ranks)
 
 
 def sizes_beside(data: Data, available: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gaplab.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
-Augment = Callable[[Tensor, int], Tensor]
+Augment = Callable[[Tensor, int, int, int], Tensor]
 
 
 class EpochOrder:
@@ -52,9 +52,10 @@ class ChunkLoader:
         sampler: order of the samples.
         batch_size: samples in a mini-batch; the last one of an epoch may hold fewer.
         chunk_size: mini-batches in a chunk.
-        drop_single: leave out a last mini-batch of one sample, whose variance BatchNorm could not tell.
+        least: samples that a last mini-batch needs, or it is left out: BatchNorm cannot tell the variance of one.
 
     Attributes:
+        samples: in an epoch; `left_out` more are in none of its mini-batches.
         begin: mini-batches of the next epoch that are done already; their chunks come without them, and maybe empty.
     """
 
@@ -64,7 +65,7 @@ class ChunkLoader:
         sampler: EpochOrder,
         batch_size: int,
         chunk_size: int,
-        drop_single: bool,
+        least: int = 1,
     ) -> None:
         self.read = read
         self.sampler = sampler
@@ -72,8 +73,9 @@ class ChunkLoader:
         self.chunk_size = chunk_size
         self.begin = 0
         count = len(sampler.indices)
-        self.drops_single = drop_single and count % batch_size == 1
-        self.steps = -(-count // batch_size) - self.drops_single
+        self.left_out = count % batch_size if count % batch_size < least else 0
+        self.samples = count - self.left_out
+        self.steps = -(-self.samples // batch_size)
 
     def __len__(self) -> int:
         return -(-self.steps // self.chunk_size)
@@ -88,25 +90,27 @@ class ChunkLoader:
 
 
 def augmentation(kind: str, padding: int, seed: int, epoch: int) -> Augment:
-    """A function of uint8 images (B, C, H, W) and their batch's number in the epoch: each picture changed on its own.
+    """A function of uint8 images (b, C, H, W), the number of their batch in the epoch, its size B, and the place of the
+    first of them in it: each picture changed on its own.
 
     `kind` is "crop" (shifted by up to `padding` pixels, zeros moving in), "flip" (mirrored left-right with probability
-    one half) or "crop_flip". What is drawn depends on (seed, epoch, batch) alone, on any device.
+    one half) or "crop_flip". What is drawn depends on (seed, epoch, batch, B) alone, on any
+    device and on any number of them.
     """
 
-    def augment(images: Tensor, batch: int) -> Tensor:
+    def augment(images: Tensor, batch: int, size: int, first: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(seed, "augment", epoch, batch))
         count, _, height, width = images.shape
-        device = images.device
+        device, part = images.device, slice(first, first + count)
         if "crop" in kind:
-            top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator).to(device)
+            top, left = torch.randint(0, 2 * padding + 1, (2, size, 1), generator=generator)[:, part].to(device)
             rows = (top + torch.arange(height, device=device))[:, :, None]  # (B, H, 1)
             columns = (left + torch.arange(width, device=device))[:, None, :]  # (B, 1, W)
             padded = torch.nn.functional.pad(images, (padding,) * 4)
             which = torch.arange(count, device=device)[:, None, None]
             images = padded[which, :, rows, columns].permute(0, 3, 1, 2)  # indexed: (B, H, W, C)
         if "flip" in kind:
-            mirrored = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5).to(device)
+            mirrored = (torch.rand(size, 1, 1, 1, generator=generator)[part] < 0.5).to(device)
             images = torch.where(mirrored, images.flip(3), images)
         return images
 

@@ -147,6 +147,14 @@ class Tracker:
             self.tags(tags)
 
     @classmethod
+    def of_rank(cls, folder: Path | None) -> "Tracker":
+        """To add to a run that another process begins and ends; None: to add nothing."""
+        tracker = cls.__new__(cls)
+        tracker._folder = folder or Path()
+        tracker._file = _opened(folder) if folder else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return tracker
+
+    @classmethod
     def reopen(cls, folder: Path) -> "Tracker | None":
         """To add to a run that nobody writes any more, and to be ended by `close`; None for one without MLflow."""
         events = list(read_journal(folder))

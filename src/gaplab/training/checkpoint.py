@@ -24,9 +24,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from gaplab import interrupt
 from gaplab.errors import UserError
 from gaplab.files import plain, read_bytes
+from gaplab.ranks import ALONE, Ranks
 from gaplab.training.classifier import Classifier
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+AGREE_EVERY = 10  # optimizer steps; asking all processes takes about 0.1 ms
 
 T = TypeVar("T")
 
@@ -39,15 +42,17 @@ class Checkpoints(Checkpoint):
         folder: existing.
         every_s: seconds between two saves within an epoch.
         is_best: whether the newest epoch is the best one.
+        ranks: the processes that train together: all save, and stop, after the same step.
 
     Attributes:
         earlier_s: seconds that an earlier process spent in training and measuring, up to the checkpoint gone on from.
     """
 
-    def __init__(self, folder: Path, every_s: float, is_best: Callable[[], bool]) -> None:
+    def __init__(self, folder: Path, every_s: float, is_best: Callable[[], bool], ranks: Ranks = ALONE) -> None:
         self._folder = folder
         self._every_s = every_s
         self._is_best = is_best
+        self._ranks = ranks
         self.earlier_s = 0.0
         self._start = time.perf_counter()
 
@@ -61,15 +66,19 @@ class Checkpoints(Checkpoint):
     def pause(self) -> None:
         """Save if it is time, or if a signal waits; then raise Interrupted. To be called where training may be left:
         between two optimizer steps, and between two batches of an evaluation."""
-        if interrupt.pending() or time.perf_counter() - self._saved > self._every_s:
+        if self._ranks.size > 1 and self._classifier.steps % AGREE_EVERY:
+            return
+        signum, due = divmod(self._ranks.largest(2 * (interrupt.pending() or 0) + self._is_due()), 2)
+        if signum or due:
             self._classifier.count_up()
             self._save(LAST)
-            interrupt.check()
+        if signum:
+            raise interrupt.Interrupted(signum)
 
     def paused(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, with a place to stop before each."""
         for item in items:
-            if interrupt.pending():
+            if interrupt.pending() and self._ranks.size == 1:  # several have no step in common here
                 self.pause()
             yield item
 
@@ -77,7 +86,11 @@ class Checkpoints(Checkpoint):
         if self._is_best():
             self._save(BEST)
         self._save(LAST)
-        interrupt.check()
+        if signum := self._ranks.largest(interrupt.pending() or 0):
+            raise interrupt.Interrupted(signum)
+
+    def _is_due(self) -> bool:
+        return self._ranks.rank == 0 and time.perf_counter() - self._saved > self._every_s
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.earlier_s + time.perf_counter() - self._start}

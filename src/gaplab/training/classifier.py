@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gaplab import config
 from gaplab.errors import DivergenceError
+from gaplab.ranks import ALONE, Ranks
 from gaplab.training.optim import build_optimizer, build_scheduler
 
 Batch = tuple[Tensor, Tensor]
@@ -32,9 +34,12 @@ class Classifier(LightningModule):
         batches_per_epoch: mini-batches in an epoch.
         accumulate: mini-batches whose mean gradient makes one optimizer step; the last step of an epoch may have fewer.
         clip: largest L2 norm of the gradient, or None.
+        batch_size, samples_per_epoch: of all `ranks` together; needed where there are several.
+        ranks: the processes that train together, each with its part of every mini-batch.
 
     Attributes:
-        running: correct answers and samples of this epoch so far, counted in train mode while the weights move.
+        running: correct answers and samples of this process in this epoch so far, counted in train mode while the
+            weights move.
         train_s: seconds spent in training steps by this process.
         lr: learning rate of the newest optimizer step.
         first_step: `time.perf_counter()` when the first training step began, None before.
@@ -54,6 +59,9 @@ class Classifier(LightningModule):
         accumulate: int = 1,
         clip: float | None = None,
         allowed_targets: list[str] | None = None,
+        batch_size: int = 0,
+        samples_per_epoch: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -68,7 +76,7 @@ class Classifier(LightningModule):
         self._samples = 0
         self._mean_loss = torch.zeros(())
         self._stopped = False
-        self._rng: dict[str, Any] | None = None  # of a checkpoint, until training goes on
+        self._own: dict[str, Any] | None = None  # of this process in a checkpoint, until training goes on
         self.lr = optimizer.lr
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -76,6 +84,8 @@ class Classifier(LightningModule):
         self._clip = clip
         self._allowed_targets = allowed_targets or ["torch"]
         self._batches_per_epoch = batches_per_epoch
+        self._batch_size, self._samples_per_epoch = batch_size, samples_per_epoch
+        self._ranks = ranks
         self.steps_per_epoch = -(-batches_per_epoch // accumulate)
         self.save_hyperparameters(hyper_parameters)
 
@@ -97,9 +107,10 @@ class Classifier(LightningModule):
         self.trainer.should_stop = self._stopped
 
     def on_train_epoch_start(self) -> None:
-        if self._rng is not None:  # nothing draws from here to the first step
-            set_rng_state(self._rng)
-            self._rng = None
+        if self._own is not None:  # nothing draws from here to the first step
+            set_rng_state(self._own["rng"])
+            self.network.load_state_dict(self._own["statistics"], strict=False)
+            self._own = None
 
     def on_train_epoch_end(self) -> None:
         self.epochs, self.batches = self.epochs + 1, 0
@@ -117,10 +128,15 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
+        alone = self._ranks.size == 1
         for images, labels in chunk:
             logits = self.network(images)  # (B, K)
-            loss = F.cross_entropy(logits, labels)
-            (loss / self._group_size() if self._accumulate > 1 else loss).backward()
+            loss = F.cross_entropy(logits, labels) if alone else self._share_of_loss(logits, labels)
+            share = loss / self._group_size() if self._accumulate > 1 else loss
+            if alone:
+                share.backward()
+            else:
+                self.manual_backward(share)  # Lightning has DDP average the gradients meanwhile
             self.batches += 1
             self._losses.append(loss.detach())
             self._hits.append((logits.detach().argmax(1) == labels).sum())
@@ -159,17 +175,40 @@ class Classifier(LightningModule):
             "epochs": self.epochs,
             "batches": self.batches,
             "steps": self.steps,
-            "running": self.running,
+            "running": [int(value) for value in self._ranks.total(*self.running)],
             "lr": self.lr,
             "stopped": self.trainer.should_stop,
         }
-        checkpoint["rng"] = rng_state()
+        own = {"rng": rng_state(), "statistics": {} if self._ranks.size == 1 else running_statistics(self.network)}
+        checkpoint["ranks"] = self._ranks.everyones(own)
+        for name, value in mean_statistics(checkpoint["ranks"]).items():
+            checkpoint["state_dict"][f"network.{name}"] = value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.epochs, self.batches, self.steps = progress["epochs"], progress["batches"], progress["steps"]
-        self.running, self.lr, self._stopped = progress["running"], progress["lr"], progress["stopped"]
-        self._rng = checkpoint["rng"]
+        self.lr, self._stopped = progress["lr"], progress["stopped"]
+        self.running = progress["running"] if self._ranks.rank == 0 else [0, 0]
+        ranks = checkpoint["ranks"]
+        if len(ranks) == self._ranks.size:
+            self._own = ranks[self._ranks.rank]
+        elif self._ranks.rank == 0:  # of another number of processes: their own draws begin anew
+            self._own = {"rng": ranks[0]["rng"], "statistics": {}}
+
+    def average_statistics_(self) -> None:
+        """Give BatchNorm's running statistics their mean over the processes, to evaluate and save one network.
+
+        Each process sees its own part of a mini-batch. The mean of the parts' means is the mini-batch's; the mean of
+        their unbiased variances is an unbiased estimate, too.
+        """
+        if self._ranks.size > 1 and (own := running_statistics(self.network)):
+            everyones = [{"statistics": value} for value in self._ranks.everyones(own)]
+            self.network.load_state_dict(mean_statistics(everyones), strict=False)
+
+    def _share_of_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """This process's part of the mini-batch's mean loss, times their number: DDP takes the mean over processes."""
+        samples = min(self._batch_size, self._samples_per_epoch - self.batches * self._batch_size)
+        return F.cross_entropy(logits, labels, reduction="sum") * (self._ranks.size / samples)
 
     def _group_size(self) -> int:
         """Mini-batches that share the optimizer step of the current one."""
@@ -192,6 +231,22 @@ class Classifier(LightningModule):
         total = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         total.ready += steps
         total.completed += steps
+
+
+def running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances of its BatchNorm layers, by their names in its state; copies on the CPU."""
+    return {
+        f"{name}.{kind}": getattr(module, kind).cpu().clone()
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm)
+        for kind in ("running_mean", "running_var")
+    }
+
+
+def mean_statistics(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The mean over processes of what `running_statistics` found in each, computed in float64."""
+    found = [rank["statistics"] for rank in ranks]
+    return {name: torch.stack([one[name] for one in found]).double().mean(0).to(found[0][name]) for name in found[0]}
 
 
 def rng_state() -> dict[str, Any]:

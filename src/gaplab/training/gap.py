@@ -14,12 +14,15 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from gaplab.errors import DivergenceError
 from gaplab.metrics import Score, gap
+from gaplab.ranks import ALONE, Ranks
 from gaplab.training.classifier import Batch, Classifier
 
 
 @torch.inference_mode()
-def score(network: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device) -> Score:
-    """Accuracy and mean loss over every sample of `batches`, in eval mode, as one sum over all samples."""
+def score(
+    network: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device, ranks: Ranks = ALONE
+) -> Score:
+    """Accuracy and mean loss over every sample of `batches`, of all `ranks` together, in eval mode, as one sum."""
     training = network.training
     network.eval()
     accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(device)
@@ -31,7 +34,8 @@ def score(network: nn.Module, batches: Iterable[Batch], num_classes: int, device
     network.train(training)
     correct = int(torch.as_tensor(accuracy.tp))
     total = correct + int(torch.as_tensor(accuracy.fn))
-    return Score(correct, total, float(loss) / total)
+    all_correct, all_samples, all_loss = ranks.total(correct, total, float(loss))
+    return Score(int(all_correct), int(all_samples), all_loss / all_samples)
 
 
 @torch.inference_mode()
@@ -85,19 +89,25 @@ class GapCallback(Callback):
         batches: every sample of a named split, once.
         num_classes: K.
         on_epoch: called with each finished epoch.
+        ranks: the processes that train together; `batches` gives this one's part.
 
     Attributes:
         history: the finished epochs, those before a checkpoint included.
     """
 
     def __init__(
-        self, batches: Callable[[str], Iterable[Batch]], num_classes: int, on_epoch: Callable[[Epoch], None]
+        self,
+        batches: Callable[[str], Iterable[Batch]],
+        num_classes: int,
+        on_epoch: Callable[[Epoch], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.history: list[Epoch] = []
         self._elapsed = 0.0, 0.0  # of an epoch that a checkpoint divides: seconds, and those of training
         self._batches = batches
         self._num_classes = num_classes
         self._on_epoch = on_epoch
+        self._ranks = ranks
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -108,9 +118,10 @@ class GapCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         evaluation = time.perf_counter()
+        pl_module.average_statistics_()
         with trainer.precision_plugin.forward_context():
             train, valid = (
-                score(pl_module.network, self._batches(split), self._num_classes, pl_module.device)
+                score(pl_module.network, self._batches(split), self._num_classes, pl_module.device, self._ranks)
                 for split in ("train", "valid")
             )
         if not math.isfinite(train.loss + valid.loss):
@@ -119,7 +130,7 @@ class GapCallback(Callback):
                 "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
             )
         now = time.perf_counter()
-        hits, count = pl_module.running
+        hits, count = self._ranks.total(*pl_module.running)
         epoch = Epoch(
             number=trainer.current_epoch + 1,
             train=train,

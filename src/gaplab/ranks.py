@@ -1,0 +1,66 @@
+"""The processes that train one network together, each on a device of its own: who this one is, and what they agree on.
+
+"Rank" is torch.distributed's word for the number of such a process. With one process all of this is trivial, and
+torch.distributed is not touched.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size` others.
+
+    Attributes:
+        rank: from 0.
+        size: how many there are.
+        group: process group for small agreements, on CPU tensors; None with one process.
+        gradients: process group for the gradients, on the training device; None with one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    gradients: Any = None
+
+    def share(self, samples: Tensor) -> Tensor:
+        """This process's part of (N, …): (n, …), contiguous, the parts' sizes differing by one at most."""
+        return samples if self.size == 1 else samples.tensor_split(self.size)[self.rank]
+
+    def first(self, count: int) -> int:
+        """Place of the first of this process's samples among `count`."""
+        return self.rank * (count // self.size) + min(self.rank, count % self.size)
+
+    def total(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in float64: exact for counts below 2^53."""
+        if self.size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed, group=self.group)
+        return summed.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return int(found)
+
+    def everyones(self, value: T) -> list[T]:
+        """The processes' values, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+ALONE = Ranks()

@@ -1,0 +1,307 @@
+"""One run on several devices: a process for each, started and watched over by torchrun's agent.
+
+    train.py                           composes, checks, keeps the run's folder, its journal's end and its result
+       └─ agent  (a process)           torchrun's: waits for the machines, starts the ranks, hears of their end
+            └─ rank 0, 1, …            `worker.run`; the first one writes journal, checkpoints and result
+
+Hydra runs in the first of these alone. What processes tell each other lies as JSON in the folder `ranks`.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from gaplab import config as configs
+from gaplab import interrupt
+from gaplab.config import Config
+from gaplab.errors import DivergenceError, TrainingError, UserError
+from gaplab.files import explain_disk, plain, read_json, write_whole
+from gaplab.result import RunResult
+
+POLL_S = 0.05
+GRACE_S = 3.0  # that the other ranks have after a first one failed
+STOP_WAIT_S = 30.0  # for a checkpoint, after a signal
+PR_SET_PDEATHSIG = 1  # prctl.h
+TORCHRUN_WORDS = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK")
+ERRORS = {kind.__name__: kind for kind in (UserError, TrainingError, DivergenceError)}
+
+
+def run(config: Config, folder: Path, result: RunResult, started: float, output: Path | None) -> None:
+    """Train and measure on several devices; what `worker.run` does on one.
+
+    Args:
+        config: checked; the one in `folder`.
+        folder: the run's own, existing folder.
+        result: filled in when training is over.
+        started: `time.perf_counter()` when the command began.
+        output: file that people are told in; None for the terminal.
+
+    Raises UserError, TrainingError, and Interrupted after all ranks have saved a checkpoint. None of their processes is
+    left behind, however this ends.
+    """
+    scratch = folder / "ranks"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    job = {"folder": str(folder), "started": started, "output": str(output) if output else None}
+    try:
+        _watch(config, scratch, job | {"result": asdict(result)})
+    finally:
+        for name, value in read_json(scratch / "result.json").items():
+            setattr(result, name, value)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def join(config: Config) -> None:
+    """Be machine `trainer.node_rank` of a run that another one keeps. Raises as `run` does."""
+    where = f"machine {config.trainer.node_rank} of {config.trainer.num_nodes}"
+    print(f"{configs.run_name(config)}  {where}, for {config.trainer.rdzv_endpoint}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch, interrupt.handled():
+        _watch(config, Path(scratch), {"folder": None, "started": time.perf_counter(), "output": None})
+
+
+def _watch(config: Config, scratch: Path, job: dict[str, Any]) -> None:
+    write_whole(scratch / "config.yaml", configs.to_yaml(config))
+    write_whole(scratch / "job.json", json.dumps(job))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_WORDS)}
+    source = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, environment.get("PYTHONPATH"))))
+    environment |= {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(STOP_WAIT_S))}
+    command = [sys.executable, "-m", "gaplab.torchrun", "agent", str(scratch)]
+    agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        with interrupt.farewell(lambda: _stop(agent)):
+            failed_at = None
+            while agent.poll() is None:
+                if failed_at is None and any(scratch.glob("error-*.json")):
+                    failed_at = time.monotonic()
+                if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+                    break
+                time.sleep(POLL_S)
+    finally:
+        agent.kill()  # and with it, its ranks
+        agent.wait()
+    if agent.returncode != 0:
+        _raise(config, scratch, agent.returncode)
+
+
+def _stop(agent: "subprocess.Popen[bytes]") -> None:
+    """Have the ranks save a checkpoint; a second signal interrupts this."""
+    agent.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        agent.wait(STOP_WAIT_S)
+
+
+def _raise(config: Config, scratch: Path, status: int) -> None:
+    """Say what went wrong first: the other ranks only lost sight of the one."""
+    outcome = read_json(scratch / "agent.json")
+    errors = [read_json(path) for path in sorted(scratch.glob("error-*.json"))]
+    errors.sort(key=lambda error: error["time"])
+    own = [error for error in errors if error["kind"] != "Lost"]
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    if killed := outcome.get("killed"):
+        raise TrainingError(killed)
+    if own:
+        error = own[0]
+        with suppress(OSError):
+            if error["traceback"]:
+                (scratch.parent / "error.log").write_text(error["traceback"])
+        raise ERRORS.get(error["kind"], TrainingError)(f"rank {error['rank']}: {error['message']}")
+    if errors:
+        heard = errors[0]
+        raise TrainingError(
+            f"{_silent(config, {error['rank'] for error in errors})} does not answer any more; rank {heard['rank']} "
+            f"waits {config.trainer.rank_timeout_s:g} s at most (trainer.rank_timeout_s): {heard['message']}"
+        )
+    raise TrainingError(f"the process that starts the ranks ended with status {status}; see {scratch}")
+
+
+def _silent(config: Config, heard: set[int]) -> str:
+    """Who said nothing at all, while the ranks `heard` on this machine waited for somebody."""
+    settings = config.trainer
+    first = settings.node_rank * settings.devices
+    ranks = [f"rank {rank}" for rank in range(first, first + settings.devices) if rank not in heard]
+    others = [f"machine {machine}" for machine in range(settings.num_nodes) if machine != settings.node_rank]
+    return " or ".join(ranks or others) or "a rank"
+
+
+# ---- in the agent's process
+
+
+def _agent(scratch: Path) -> int:
+    _die_with_parent()
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = configs.load(scratch / "config.yaml")
+    settings = config.trainer
+    try:
+        host, port, _store = _roll_call(config)
+    except UserError as error:
+        write_whole(scratch / "agent.json", json.dumps({"error": str(error)}))
+        return 2
+    first = settings.node_rank == 0  # its first rank speaks to people
+    quiet = {local: Std.ALL for local in range(settings.devices) if local or not first}
+    launch = LaunchConfig(
+        min_nodes=settings.num_nodes,
+        max_nodes=settings.num_nodes,
+        nproc_per_node=settings.devices,
+        run_id="gaplab",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{host}:{port}",
+        rdzv_configs={"rank": settings.node_rank, "timeout": int(settings.join_timeout_s)},
+        max_restarts=0,
+        monitor_interval=POLL_S,
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch), redirects=quiet),
+        local_addr=host if first else None,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-m", "gaplab.torchrun", "rank", str(scratch))
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
+                write_whole(scratch / "agent.json", json.dumps({"killed": f"rank {rank} was killed ({name})"}))
+        return 1
+    except SignalException:
+        return 1
+    return 0
+
+
+def _roll_call(config: Config) -> tuple[str, int, Any]:
+    """Where the machines find each other, once all are there; raises UserError that names those missing."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    settings = config.trainer
+    host, _, port = (settings.rdzv_endpoint or "localhost:0").rpartition(":")
+    is_first, wait = settings.node_rank == 0, timedelta(seconds=settings.join_timeout_s)
+    try:
+        store = TCPStore(host, int(port), None, is_first, wait, wait_for_workers=False, multi_tenant=True)
+    except (RuntimeError, ValueError) as error:
+        reason = "cannot be listened at" if is_first else f"no answer within {settings.join_timeout_s:g} s"
+        detail = plain(str(error).partition("\n")[0])[:200]
+        raise UserError(f"trainer.rdzv_endpoint={settings.rdzv_endpoint}: {reason} ({detail})") from None
+    if settings.num_nodes == 1:
+        return host, store.port, store
+    store.set(f"machine/{settings.node_rank}", configs.config_hash(config))
+    if not is_first:
+        verdict = store.get("verdict").decode()
+        if verdict:
+            raise UserError(verdict)
+        return host, store.port, store
+    missing, other = [], []
+    deadline = time.monotonic() + settings.join_timeout_s
+    for machine in range(1, settings.num_nodes):
+        try:
+            store.wait([f"machine/{machine}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            if store.get(f"machine/{machine}").decode() != configs.config_hash(config):
+                other.append(machine)
+        except RuntimeError:
+            missing.append(machine)
+    verdict = ""
+    if missing:
+        names = " and ".join(f"machine {one}" for one in missing)
+        verdict = f"{names} of {settings.num_nodes} did not join within {settings.join_timeout_s:g} s"
+    elif other:
+        verdict = f"machine {other[0]}: was started with another config; give all machines the same words"
+    store.set("verdict", verdict)
+    if verdict:
+        raise UserError(verdict)
+    return host, store.port, store
+
+
+def _die_with_parent() -> None:
+    """Else a process that outlives SIGKILL of its parent goes on alone. Linux has a call for it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# ---- in a rank's process
+
+
+def _rank(scratch: Path) -> int:
+    _die_with_parent()
+    number = int(os.environ["RANK"])
+    folder = scratch
+    try:
+        with interrupt.handled(quiet=True):
+            config = configs.load(scratch / "config.yaml")
+            job = read_json(scratch / "job.json")
+            with _group(config, number) as ranks:
+                folder = Path(ranks.everyones(job["folder"])[0])
+                _run_rank(config, folder, scratch, job, ranks)
+    except interrupt.Interrupted as stop:
+        return stop.exit_status
+    except BaseException as error:
+        write_whole(scratch / f"error-{number}.json", json.dumps(_described(error, number, folder)))
+        return 1
+    return 0
+
+
+def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], ranks: Any) -> None:
+    from rich.console import Console
+
+    from gaplab import worker
+    from gaplab.tracking.journal import Tracker
+
+    is_first = ranks.rank == 0
+    result = RunResult(**job["result"]) if is_first else RunResult("", "RUNNING", config.seed, "", "")
+    tracker = Tracker.of_rank(folder if is_first else None)
+    where = job["output"] if is_first else os.devnull
+    output = open(where, "a", encoding="utf-8") if where else None  # noqa: SIM115 (open for the whole process)
+    try:
+        worker.run(config, folder, tracker, result, job["started"], Console(file=output, highlight=False), ranks)
+    finally:
+        if is_first:
+            write_whole(scratch / "result.json", json.dumps(asdict(result)))
+
+
+@contextmanager
+def _group(config: Config, number: int) -> Iterator[Any]:
+    import torch
+    import torch.distributed as dist
+
+    from gaplab.ranks import Ranks
+
+    cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    patience = timedelta(seconds=config.trainer.rank_timeout_s)
+    dist.barrier(device_ids=[int(os.environ["LOCAL_RANK"])] if cuda else None)
+    agreements = dist.new_group(timeout=patience, backend="gloo")
+    gradients = dist.new_group(timeout=patience, backend="nccl" if cuda else "gloo")
+    yield Ranks(number, dist.get_world_size(), agreements, gradients)
+    dist.destroy_process_group()
+
+
+def _described(error: BaseException, number: int, folder: Path) -> dict[str, Any]:
+    first_line = plain(str(error).partition("\n")[0])
+    found: dict[str, Any] = {"rank": number, "time": time.time(), "kind": "TrainingError", "traceback": None}
+    if type(error).__name__ in ERRORS:
+        return found | {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, Exception) and (disk := explain_disk(error, folder)):
+        return found | {"message": disk}
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer", "Timed out")):
+        return found | {"kind": "Lost", "message": first_line[:200]}
+    return found | {"message": f"{type(error).__name__}: {first_line}", "traceback": traceback.format_exc()}
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    sys.exit(_agent(where) if what == "agent" else _rank(where))
