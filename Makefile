@@ -38,8 +38,8 @@ report: $(READY) ## tables, figures and verdicts of the newest sweep
 sync: $(READY) ## send to MLflow what it does not have yet
 	@$(BIN)/python src/sync.py
 
-test: $(READY) ## run the tests, all but the half hour of test-faults
-	@$(BIN)/python -m pytest -q -p no:cacheprovider --ignore=tests/faults
+test: $(READY) ## run the tests on two cores, all but the half hour of test-faults
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
