@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -201,7 +202,8 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.T
         precision=settings.precision,  # type: ignore[arg-type]
         deterministic=settings.deterministic,
         callbacks=[*callbacks, *stopping],
-        plugins=[ChecksumIO()],
+        # else Lightning takes a Slurm job for ranks that srun started, and saves and requeues it in its own way
+        plugins=[ChecksumIO(), LightningEnvironment()],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
