@@ -107,13 +107,15 @@ class SlurmLauncher(Launcher):
         array = submitted.stdout.strip().partition(";")[0]
         try:
             states = _wait(array, len(folders))
-        except BaseException:
-            _call("scancel", "--state=PENDING", array)
-            with suppress(TrainingError):
-                _wait(array, len(folders), STOP_WAIT_S)
+        except TrainingError:  # its jobs may well go on
             raise
-        finally:
-            _call("scancel", array)
+        except BaseException:
+            try:
+                _call("scancel", "--state=PENDING", array)
+                _wait(array, len(folders), STOP_WAIT_S)
+            finally:
+                _call("scancel", array)
+            raise
         return [_returned(folder, *state) for folder, state in zip(folders, states, strict=True)]
 
     def _sbatch(self, name: str, count: int) -> list[str]:
