@@ -3,16 +3,17 @@ PYTHON ?= python3
 UV := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
+READY_CLUSTER := .venv-cluster/.ready
 PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-faults check format ui bench clean
+.PHONY: help setup train sweep report sync test test-faults test-cluster check format ui bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv; the other targets do this by themselves
 
@@ -38,11 +39,24 @@ report: $(READY) ## tables, figures and verdicts of the newest sweep
 sync: $(READY) ## send to MLflow what it does not have yet
 	@$(BIN)/python src/sync.py
 
-test: $(READY) ## run the tests on two cores, all but the half hour of test-faults
-	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults
+test: $(READY) ## run the tests on two cores, all but test-faults and test-cluster
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
+
+test-cluster: $(READY_CLUSTER) ## sweeps by a real one-node Slurm and a local Ray; as root on Debian, for 20 minutes
+	@command -v sbatch >/dev/null && command -v munged >/dev/null || DEBIAN_FRONTEND=noninteractive \
+		apt-get install --quiet --yes --no-install-recommends slurm-wlm munge
+	@.venv-cluster/bin/python -m pytest -q -s -p no:cacheprovider tests/cluster
+
+$(READY_CLUSTER): requirements.txt pyproject.toml $(READY)
+	@echo "setting up .venv-cluster: what .venv has, and Ray"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-cluster
+	@$(BIN)/uv pip install --quiet --python .venv-cluster/bin/python --requirement requirements.txt
+	@$(BIN)/uv pip install --quiet --python .venv-cluster/bin/python --requirement pyproject.toml --extra ray \
+		--constraint requirements.txt
+	@touch $@
 
 check: $(READY) ## lint, format, types and the floors between the packages
 	@$(BIN)/ruff check .
@@ -62,5 +76,5 @@ bench: $(READY) ## seconds an epoch, beside a hand-written loop and plain Lightn
 	@$(BIN)/python benchmarks/training.py
 
 clean: ## remove .venv and caches; data and outputs stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-cluster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -58,7 +58,9 @@ class LiveView:
         while not stopped:
             stopped = self._stop.wait(POLL_S)
             for folder in [folder for folder in self._epochs if folder not in self._results]:
-                if ended(result := read_json(folder / "result.json")):
+                result = read_json(folder / "result.json")
+                # one that was killed is gone on with, where the engine starts it again
+                if ended(result) and (stopped or result["status"] != "KILLED"):
                     self._results[folder] = result
                     if not terminal:
                         self._console.print(self._line(folder, result), markup=False, soft_wrap=True)

@@ -30,7 +30,7 @@ from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.machine import usable_cores
 from gaplab.recovery import recover
-from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
+from gaplab.tracking.journal import SEND_WAIT_S, Tracker, append, has_ended, read_journal
 
 PROBE_SAMPLES = 4000
 STOP = ".stop"  # in a sweep's folder: its jobs in other processes are to stop
@@ -106,16 +106,28 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         print_jobs(console, [(job.folder.name, configs.run_name(job.config), job in finished) for job in jobs])
         console.print(_estimate([job.config for job in waiting], parallel), soft_wrap=True)
         return
-    _run(console, folder, jobs, waiting, hydra_config, context, typed)
+    launcher = _build_launcher(folder, hydra_config, context)
+    _run(console, folder, jobs, waiting, hydra_config, launcher, typed)
 
 
 def run_job(cfg: Any) -> None:
-    """The task that a launcher runs, in this process or another: the job in `cfg.folder`, unless it is finished."""
+    """The task that a launcher runs, in this process or another: the job in `cfg.folder`."""
+    run_saved(Path(cfg.folder), in_here=cfg.writer == os.getpid())
+
+
+def run_saved(folder: Path, in_here: bool = False) -> None:
+    """Run the saved job in `folder`, or go on with it, unless it is finished.
+
+    Args:
+        folder: of the job, inside its sweep's.
+        in_here: the sweep is this process, so it hears the signals itself.
+
+    Raises as `launch.launch` does.
+    """
     from filelock import FileLock
 
-    folder = Path(cfg.folder)
     config = configs.load(folder / "config.yaml")
-    with interrupt.handled(), _stopped_with(folder.parent) if cfg.writer != os.getpid() else nullcontext():
+    with interrupt.handled(), nullcontext() if in_here else _stopped_with(folder.parent):
         with FileLock(folder / ".lock"):  # a job that outlived its sweep ends first
             finished = is_finished(folder, config)
         if not finished:
@@ -315,7 +327,7 @@ def _run(
     jobs: list[Job],
     waiting: list[Job],
     hydra_config: Any,
-    context: Any,
+    launcher: Any,
     typed: list[str],
 ) -> None:
     try:
@@ -342,8 +354,8 @@ def _run(
             else:
                 (job.folder / "result.json").unlink(missing_ok=True)
         status, problem, wait_s = "KILLED", None, 1.0
-        launcher = hydra_config.hydra.runtime.choices["hydra/launcher"]
-        in_here = launcher == "basic"
+        engine = hydra_config.hydra.runtime.choices["hydra/launcher"]
+        in_here = engine == "basic"
         try:
             tracker.wait_for_run()
             epochs = [job.config.trainer.max_epochs for job in waiting]
@@ -351,7 +363,7 @@ def _run(
                 nullcontext() if in_here else interrupt.farewell(lambda: _stop_jobs(folder, waiting)),
                 LiveView(console, [job.folder for job in waiting], epochs),
             ):
-                problem = _launch(folder, waiting, hydra_config, context)
+                problem = _launch(launcher, waiting)
             status, wait_s = "FINISHED", SEND_WAIT_S
         finally:
             results = [read_json(job.folder / "result.json") for job in jobs]
@@ -362,7 +374,9 @@ def _run(
             tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, attempt)
             tracker.finish(status, wait_s)
             labels = conditions(jobs)
-            resume = f"sweep.resume={shlex.quote(str(folder))}" + ("" if in_here else f" hydra/launcher={launcher}")
+            keys = [word for word in hydra_config.hydra.overrides.hydra if "hydra.launcher." in word]
+            words = [f"sweep.resume={folder}"] + ([] if in_here else [f"hydra/launcher={engine}", *keys])
+            resume = shlex.join(words)
             print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
@@ -387,39 +401,55 @@ def _stop_jobs(folder: Path, jobs: list[Job]) -> None:
         time.sleep(STOP_POLL_S)
 
 
-def _launch(folder: Path, waiting: list[Job], hydra_config: Any, context: Any) -> str | None:
-    """Let the launcher run the jobs; what became of it if it gave up."""
+def _build_launcher(folder: Path, hydra_config: Any, context: Any) -> Any:
+    """The chosen launcher, for the jobs in `folder`. Raises UserError where it cannot run."""
     from hydra.core.plugins import Plugins
-    from hydra.core.utils import JobStatus
     from hydra.types import HydraContext
     from omegaconf import open_dict
 
-    if not waiting:
-        return None
     with open_dict(hydra_config):
         hydra_config.hydra.sweep.dir = str(folder)
-    launcher = Plugins.instance().instantiate_launcher(
+    return Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(SavedJobs(folder, os.getpid()), context.callbacks),  # type: ignore[arg-type]
         task_function=run_job,
         config=hydra_config,
     )
+
+
+def _launch(launcher: Any, waiting: list[Job]) -> str | None:
+    """Let the launcher run the jobs; what became of it if it gave up."""
+    from hydra.core.utils import JobStatus
+
+    if not waiting:
+        return None
     try:
         returns = launcher.launch([[job.folder.name] for job in waiting], initial_job_idx=0)
     except Exception as error:  # a process of the launcher's was killed, a cluster did not answer
         return f"the launcher gave up: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     for job, returned in zip(waiting, returns, strict=True):
         if returned.status is not JobStatus.COMPLETED and not read_json(job.folder / "result.json"):
-            cause = returned._return_value  # ended before there was a run to record it
-            result = {"status": "FAILED", "error": f"{type(cause).__name__}: {cause}"}
-            write_whole(job.folder / "result.json", json.dumps(result) + "\n")
+            _record_lost(job.folder, returned._return_value)
     return None
 
 
-def _set_parallel(hydra_config: Any, settings: Config) -> int:
-    """Jobs at a time; with joblib, unless said, as many as the cores hold with the threads that each job has."""
+def _record_lost(folder: Path, cause: Any) -> None:
+    """A job ended before there was a run to record it, or its process did so without a word."""
+    known = isinstance(cause, UserError | TrainingError)
+    result = {"status": "FAILED", "error": str(cause) if known else f"{type(cause).__name__}: {cause}"}
+    write_whole(folder / "result.json", json.dumps(result) + "\n")
+    if not has_ended(folder):  # its machine may be another, whose processes only the launcher knows of
+        append(folder, "tags", values={"error": result["error"][:5000]})
+        append(folder, "finish", status="FAILED")
+
+
+def _set_parallel(hydra_config: Any, settings: Config) -> int | None:
+    """Jobs at a time; with joblib, unless said, as many as the cores hold with the threads that each job has. None
+    where a cluster decides."""
     from omegaconf import open_dict
 
     launcher = hydra_config.hydra.launcher
+    if "gaplab" in launcher._target_:
+        return None
     if "joblib" not in launcher._target_:
         return 1
     cores = usable_cores()
@@ -438,7 +468,7 @@ def conditions(jobs: list[Job]) -> list[str]:
     ]
 
 
-def _estimate(waiting: list[Config], parallel: int) -> str:
+def _estimate(waiting: list[Config], parallel: int | None) -> str:
     """How long the jobs will take, from two short epochs of each kind of network on this machine."""
     seconds: dict[str, float] = {}
     total = 0.0
@@ -452,8 +482,8 @@ def _estimate(waiting: list[Config], parallel: int) -> str:
             total += seconds[kind] * config.trainer.max_epochs
     except (TrainingError, UserError) as error:
         return f"{len(waiting)} jobs to run; no estimate of the time: {error}"
-    jobs = f"{len(waiting)} jobs to run, {parallel} at a time"
-    return f"{jobs}: about {_duration(total / parallel)} of training, judged by two short epochs"
+    jobs = f"{len(waiting)} jobs to run, " + (f"{parallel} at a time" if parallel else "on this machine one by one")
+    return f"{jobs}: about {_duration(total / (parallel or 1))} of training, judged by two short epochs"
 
 
 def _probe(config: Config) -> float:

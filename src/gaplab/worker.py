@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        # else Lightning takes a Slurm job for ranks that srun started, and saves and requeues it in its own way
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -244,6 +245,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: 
         precision=settings.precision,  # type: ignore[arg-type]
         deterministic=settings.deterministic,
         callbacks=[*callbacks, *stopping],
+        # else Lightning takes a Slurm job for ranks that srun started, and saves and requeues it in its own way
         plugins=[ChecksumIO(), LightningEnvironment() if ranks.size == 1 else TorchElasticEnvironment()],
         default_root_dir=folder,
         logger=False,
