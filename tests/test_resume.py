@@ -1,7 +1,6 @@
 """A run that was stopped, killed or damaged goes on, and comes to what the undisturbed one does, to the bit."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def stopped_at(step: int, folder: Path, monkeypatch, signum: signal.Signals = si
     def count(self, steps: int) -> None:
         original(self, steps)
         if self.steps == step:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
 
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "_count_steps", count)
@@ -76,7 +75,7 @@ def test_a_run_stopped_while_it_is_evaluated_evaluates_again(undisturbed, tmp_pa
         calls.append(name)
         for batch in original(self, name):
             if calls == ["train", "valid", "train"]:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             yield batch
 
     folder = tmp_path / "run"
@@ -108,7 +107,7 @@ def test_a_signal_between_two_chunks_without_an_optimizer_step_is_saved_too(tmp_
         original(self)
         calls.append(self.batches)
         if len(calls) == 2:  # ten of twenty mini-batches
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "count_up", count_up)
@@ -191,8 +190,8 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
     original = Classifier.count_up
 
     def count_up(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         original(self)
 
     monkeypatch.setattr(Classifier, "count_up", count_up)
