@@ -102,7 +102,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     found = []
     for name in ("last", "best"):
         one, other = (checkpoint.read_checkpoint(path / "checkpoints" / f"{name}.ckpt") for path in (folder, reference))
-        parts = ("state_dict", "optimizer_states", "lr_schedulers", "progress", "rng")
+        parts = ("state_dict", "optimizer_states", "lr_schedulers", "progress", "ranks")
         found += [f"{name}.ckpt {part}" for part in parts if not same_values(one[part], other[part])]
     one, other = (
         {key: value for key, value in json.loads((path / "result.json").read_text()).items() if key not in NOT_NUMBERS}

@@ -8,10 +8,14 @@ Hydra runs in the first of these alone. What processes tell each other lies as J
 """
 
 import ctypes
+import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -35,6 +39,7 @@ POLL_S = 0.05
 GRACE_S = 3.0  # that the other ranks have after a first one failed
 STOP_WAIT_S = 30.0  # for a checkpoint, after a signal
 PR_SET_PDEATHSIG = 1  # prctl.h
+SIOCGIFADDR = 0x8915  # sockios.h
 TORCHRUN_WORDS = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK")
 ERRORS = {kind.__name__: kind for kind in (UserError, TrainingError, DivergenceError)}
 
@@ -112,6 +117,8 @@ def _raise(config: Config, scratch: Path, status: int) -> None:
     own = [error for error in errors if error["kind"] != "Lost"]
     if "error" in outcome:
         raise UserError(outcome["error"])
+    if "signal" in outcome:
+        raise interrupt.Interrupted(outcome["signal"])
     if killed := outcome.get("killed"):
         raise TrainingError(killed)
     if own:
@@ -148,6 +155,7 @@ def _agent(scratch: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it has to say is in its exceptions
     config = configs.load(scratch / "config.yaml")
     settings = config.trainer
     try:
@@ -155,6 +163,8 @@ def _agent(scratch: Path) -> int:
     except UserError as error:
         write_whole(scratch / "agent.json", json.dumps({"error": str(error)}))
         return 2
+    if settings.num_nodes > 1 and (interface := _interface(host)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     first = settings.node_rank == 0  # its first rank speaks to people
     quiet = {local: Std.ALL for local in range(settings.devices) if local or not first}
     launch = LaunchConfig(
@@ -177,6 +187,8 @@ def _agent(scratch: Path) -> int:
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 name = signal.Signals(-failure.exitcode).name
                 write_whole(scratch / "agent.json", json.dumps({"killed": f"rank {rank} was killed ({name})"}))
+            elif failure.exitcode - 128 in interrupt.SIGNALS:  # told to stop, maybe on another machine
+                write_whole(scratch / "agent.json", json.dumps({"signal": failure.exitcode - 128}))
         return 1
     except SignalException:
         return 1
@@ -223,6 +235,19 @@ def _roll_call(config: Config) -> tuple[str, int, Any]:
     if verdict:
         raise UserError(verdict)
     return host, store.port, store
+
+
+def _interface(host: str) -> str | None:
+    """The network interface that leads to `host`; gloo would take the one that the machine's own name stands for."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == own:
+                    return name
+    return None
 
 
 def _die_with_parent() -> None:

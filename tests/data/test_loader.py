@@ -79,7 +79,7 @@ def test_crop_shifts_each_picture_on_its_own_and_zeros_move_in():
 def test_augmentation_depends_on_seed_epoch_and_batch_alone():
     def crop(epoch, batch):
         torch.rand(1)
-        return augmentation("crop_flip", 2, seed=0, epoch=epoch)(IMAGES, batch)
+        return augmentation("crop_flip", 2, seed=0, epoch=epoch)(IMAGES, batch, len(IMAGES), 0)
 
     assert torch.equal(crop(0, 0), crop(0, 0))
     assert not torch.equal(crop(0, 0), crop(0, 1))
