@@ -98,6 +98,13 @@ def test_accumulated_gradients_are_never_divided(tmp_path, monkeypatch):
     assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
 
 
+def test_float64_goes_on_to_the_same_bits_too(tmp_path, monkeypatch):
+    launch.launch(composed(*RUN, "trainer.precision=64-true"), tmp_path / "undisturbed")
+    stopped_at(5, tmp_path / "run", monkeypatch, signal.SIGTERM, "trainer.precision=64-true")
+    launch.launch(composed(*RUN, "trainer.precision=64-true"), tmp_path / "run")
+    assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
 def test_a_signal_between_two_chunks_without_an_optimizer_step_is_saved_too(tmp_path, monkeypatch):
     more = ("trainer.accumulate_grad_batches=20", "trainer.chunk_size=5")
     original = Classifier.count_up

@@ -105,6 +105,8 @@ def _run(config: Config, folder: Path, tracker: Tracker, result: RunResult, star
         callbacks.append(looks)
     trainer = _trainer(config, folder, [*callbacks, checkpoints])
     classifier = _classifier(config, data, network, digest)
+    if config.trainer.precision == "64-true":
+        classifier.double()  # Lightning would do so after it has read a checkpoint into float32
     result.device = _device_name(trainer.strategy.root_device)
     checkpoint = _go_on(folder / "checkpoints", classifier, data, console)
     start = time.perf_counter()
