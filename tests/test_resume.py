@@ -71,9 +71,9 @@ def test_a_run_stopped_while_it_is_evaluated_evaluates_again(undisturbed, tmp_pa
     original = DataModule.batches
     calls = []
 
-    def batches(self, name: str):
+    def batches(self, name: str, shared: bool):
         calls.append(name)
-        for batch in original(self, name):
+        for batch in original(self, name, shared):
             if calls == ["train", "valid", "train"]:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
@@ -95,6 +95,13 @@ def test_accumulated_gradients_are_never_divided(tmp_path, monkeypatch):
     stopped_at(9, tmp_path / "run", monkeypatch, signal.SIGTERM, *more)
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["progress"]["batches"] == 8
     launch.launch(composed(*RUN, *more), tmp_path / "run")
+    assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
+def test_float64_goes_on_to_the_same_bits_too(tmp_path, monkeypatch):
+    launch.launch(composed(*RUN, "trainer.precision=64-true"), tmp_path / "undisturbed")
+    stopped_at(5, tmp_path / "run", monkeypatch, signal.SIGTERM, "trainer.precision=64-true")
+    launch.launch(composed(*RUN, "trainer.precision=64-true"), tmp_path / "run")
     assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
 
 

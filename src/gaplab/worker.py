@@ -137,6 +137,8 @@ def _run(
         callbacks.append(looks)
     trainer = _trainer(config, folder, [*callbacks, checkpoints], ranks)
     classifier = _classifier(config, data, network, digest, ranks)
+    if config.trainer.precision == "64-true":
+        classifier.double()  # Lightning would do so after it has read a checkpoint into float32
     result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
     if ranks.size > 1 and config.model.bn:
         result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"

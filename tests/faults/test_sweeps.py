@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,6 @@ def test_a_stopped_sweep_leaves_checkpoints_and_goes_on(launcher, signum, status
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job is started deaf to Ctrl-C
     )
 
     def second_job_is_in_its_third_epoch() -> bool:

@@ -154,9 +154,10 @@ class Normalize(nn.Module):
         self.refresh_()
 
     def refresh_(self) -> None:
-        """Fold both into one multiplication and one addition, computed in float64."""
-        self.scale.copy_((1 / (255 * self.std)).reshape(self.scale.shape))
-        self.shift.copy_((-self.mean / self.std).reshape(self.shift.shape))
+        """Fold both into one multiplication and one addition, computed in float64, rounded to float32: a network that
+        is float64 by now began so."""
+        self.scale.copy_((1 / (255 * self.std)).float().reshape(self.scale.shape))
+        self.shift.copy_((-self.mean / self.std).float().reshape(self.shift.shape))
         self._binary = bool(self.binary)
 
     def forward(self, images: Tensor) -> Tensor:
