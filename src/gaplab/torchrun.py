@@ -126,6 +126,8 @@ def _raise(config: Config, scratch: Path, status: int) -> None:
         with suppress(OSError):
             if error["traceback"]:
                 (scratch.parent / "error.log").write_text(error["traceback"])
+        if error["kind"] == "UserError":  # all have the same to say
+            raise UserError(error["message"])
         raise ERRORS.get(error["kind"], TrainingError)(f"rank {error['rank']}: {error['message']}")
     if errors:
         heard = errors[0]

@@ -142,6 +142,8 @@ def _run(
     result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
     if ranks.size > 1 and config.model.bn:
         result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
+        each = "" if _synchronizes(config) else "of each one's part of a mini-batch, running statistics "
+        tracker.tags({"batchnorm": f"{each}{result.batchnorm} over {ranks.size} devices"})
     checkpoint = _go_on(folder / "checkpoints", classifier, data, console, ranks)
     start = time.perf_counter()
     try:
@@ -295,10 +297,11 @@ def _build_network(config: Config, data: DataModule) -> Network:
 def _refuse_what_memory_cannot_hold(config: Config, data: DataModule, size: Footprint) -> None:
     """On a GPU, the weights alone: they are drawn here, and what the GPU cannot hold it says itself."""
     longest = max(len(part.indices) for part in data.splits.values())
-    batch = min(config.data.batch_size, len(data.splits["train"].indices))
+    batch = min(config.data.batch_size // configs.world_size(config.trainer), len(data.splits["train"].indices))
     width = 8 if config.trainer.precision == "64-true" else 4
     on_cpu = _accelerator(config.trainer.accelerator) == "cpu"
-    needed = size.bytes(batch, min(config.data.eval_batch_size, longest), width) if on_cpu else width * size.params
+    each = size.bytes(batch, min(config.data.eval_batch_size, longest), width) if on_cpu else width * size.params
+    needed = each * config.trainer.devices
     if needed > (available := memory()):
         raise UserError(
             f"model={config.model.name}: {size.params:,} parameters and data.batch_size={config.data.batch_size} need "

@@ -121,3 +121,12 @@ def test_a_repeated_run_counts_once():
     (part,) = sections([*runs, *runs[:3]], ["gap/acc"], 0.002)
     assert "3 runs repeat a condition and seed; the later one counts" in part.notes
     assert part.conditions[0].estimate("gap/acc").n == 6
+
+
+def test_how_batchnorm_was_computed_on_several_devices_is_said():
+    runs = synthetic(GRID, range(6), measure)
+    for run in runs:
+        if run.settings["model.bn"] == "true":
+            run.batchnorm = "synchronized over 2 devices"
+    (part,) = sections(runs, ["valid/acc"], 0.002)
+    assert part.notes == ["BatchNorm synchronized over 2 devices (12 runs)"]

@@ -17,7 +17,7 @@ from gaplab import config as configs
 
 PLAIN = ["tracking=none", "figures=false", "trainer.accelerator=cpu", "trainer.threads=1", "model.bn=false"]
 SGD = ["optimizer=sgd", "optimizer.lr=0.05", "data.batch_size=128", "trainer.max_epochs=3"]
-COUNTED = ("train_acc", "valid_acc", "running_acc", "gap_acc", "best_epoch", "steps")
+COUNTED = ("train_acc", "valid_acc", "test_acc", "train_acc_running", "gap_acc", "steps")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_two_hosts_train_the_network_that_one_does(hosts, tmp_path):
     result = json.loads((folder / "result.json").read_text())
     print(f"weights differ by {farthest(trained(folder), trained(tmp_path / 'alone')):.1e} at most")
     assert farthest(trained(folder), trained(tmp_path / "alone")) < 1e-12
-    names = ("train_acc", "valid_acc", "running_acc", "gap_acc", "steps")
+    names = ("train_acc", "valid_acc", "test_acc", "train_acc_running", "gap_acc", "steps")
     assert {name: result[name] for name in names} == {name: alone[name] for name in names}
 
 

@@ -1,6 +1,7 @@
 """From runs to comparisons: what was varied, what the seeds of each condition say, and every contrast between them."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -113,6 +114,8 @@ def _section(runs: list[Run], metrics: Sequence[str], margin: float) -> Section:
         names,
         list(conditions.values()),
     )
+    kinds = Counter(run.batchnorm for run in runs if run.batchnorm)
+    found.notes += [f"BatchNorm {kind} ({count} runs)" for kind, count in sorted(kinds.items())]
     if repeated:
         found.notes.append(f"{repeated} runs repeat a condition and seed; the later one counts")
     _say_what_is_missing(found)

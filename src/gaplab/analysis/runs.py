@@ -21,7 +21,8 @@ class Run:
     """One run.
 
     `settings` are the leaves of its config as text, without what does not decide the numbers; `metrics` the last values
-    by their MLflow names, and `history` those of every step: {name: {step: value}}.
+    by their MLflow names, and `history` those of every step: {name: {step: value}}; `batchnorm` how it was computed on
+    several devices.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Run:
     run_id: str | None = None
     claim: str | None = None
     sweep: str = ""
+    batchnorm: str = ""
     digest: str = ""
     classes: int = 0
 
@@ -147,7 +149,8 @@ def read_run(folder: Path) -> Run:
             "name": folder.name,
             "status": status if status in ENDED or not history else end,
             "params": settings or _settings_of_file(folder / "config.yaml"),
-            "tags": {"sweep": tags.get("sweep"), "diverged": result.get("diverged"), "error": result.get("error")},
+            "tags": {name: tags.get(name) for name in ("sweep", "batchnorm")}
+            | {"diverged": result.get("diverged"), "error": result.get("error")},
             "metrics": {name: values[max(values)] for name, values in history.items()},
             "history": history,
             "digest": digest,
@@ -189,6 +192,7 @@ def _run(origin: str, found: dict[str, Any]) -> Run:
         run_id=None if found["run_id"] is None else plain(found["run_id"]),
         claim=_claim(params),
         sweep=tags.get("sweep", ""),
+        batchnorm=tags.get("batchnorm", ""),
         digest=plain(found["digest"]),
         classes=found["classes"] if isinstance(found["classes"], int) else 0,
     )
