@@ -214,7 +214,7 @@ def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
 
 
 def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: Path, capsys):
-    keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.bn=true"]
+    keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.dropout=0.1"]
     process = subprocess.Popen(
         [sys.executable, str(configs.PROJECT / "src" / "train.py"), *keys, f"paths.outputs={tmp_path}"],
         stdout=subprocess.PIPE,
@@ -244,7 +244,9 @@ def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: P
     for name in ("gap/acc", "time/epoch_s", "lr"):
         history = client.get_metric_history(result["run_id"], name)
         assert [metric.step for metric in history] == list(range(1, 61)), name
-    again = train_py("resume=latest", f"paths.outputs={tmp_path}")  # a second in which nothing heavy is imported
+    again = train_py(
+        f"resume={folder}", f"paths.outputs={tmp_path}"
+    )  # as it was said to be typed; a second in which nothing heavy is imported
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout.endswith(" is finished\n")
 

@@ -356,7 +356,7 @@ SCHEMAS: dict[str, tuple[type, ...]] = {
 
 
 def slug(text: str) -> str:
-    """`text` as a file name that needs no quoting anywhere, at most 80 characters."""
+    """`text` as a file name that needs no quoting in a shell, at most 80 characters."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")[:80]
 
 

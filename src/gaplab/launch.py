@@ -211,7 +211,7 @@ def check_root(data: Data) -> None:
 def _make_folder(config: Config, folder: Path | None) -> Path:
     outputs = configs.folder("paths.outputs", config.paths.outputs)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = configs.slug(configs.run_name(config))
+    name = configs.slug(configs.run_name(config)).replace("=", "-")  # Hydra would want it quoted in resume=
     folder = folder or outputs / "runs" / f"{stamp}_{name}_{secrets.token_hex(3)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

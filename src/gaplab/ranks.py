@@ -21,14 +21,10 @@ class Ranks:
     Attributes:
         rank: from 0.
         size: how many there are.
-        group: process group for small agreements, on CPU tensors; None with one process.
-        gradients: process group for the gradients, on the training device; None with one process.
     """
 
     rank: int = 0
     size: int = 1
-    group: Any = None
-    gradients: Any = None
 
     def share(self, samples: Tensor) -> Tensor:
         """This process's part of (N, …): (n, …), contiguous, the parts' sizes differing by one at most."""
@@ -43,7 +39,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(summed, group=self.group)
+        dist.all_reduce(summed)
         return summed.tolist()
 
     def largest(self, value: int) -> int:
@@ -51,7 +47,7 @@ class Ranks:
         if self.size == 1:
             return value
         found = torch.tensor(value)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
     def everyones(self, value: T) -> list[T]:
@@ -59,7 +55,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        dist.all_gather_object(found, value)
         return found
 
 

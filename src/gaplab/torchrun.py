@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -83,7 +84,10 @@ def _watch(config: Config, scratch: Path, job: dict[str, Any]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_WORDS)}
     source = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, environment.get("PYTHONPATH"))))
-    environment |= {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(STOP_WAIT_S))}
+    environment |= {
+        "TORCH_CPP_LOG_LEVEL": "FATAL",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(STOP_WAIT_S)),
+    }
     command = [sys.executable, "-m", "gaplab.torchrun", "agent", str(scratch)]
     agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -152,12 +156,12 @@ def _silent(config: Config, heard: set[int]) -> str:
 
 def _agent(scratch: Path) -> int:
     _die_with_parent()
+    logging.disable()  # what torchrun has to say is in its errors
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it has to say is in its exceptions
     config = configs.load(scratch / "config.yaml")
     settings = config.trainer
     try:
@@ -302,18 +306,27 @@ def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], 
 def _group(config: Config, number: int) -> Iterator[Any]:
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
 
     from gaplab.ranks import Ranks
 
     cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    patience = timedelta(seconds=config.trainer.rank_timeout_s)
-    dist.barrier(device_ids=[int(os.environ["LOCAL_RANK"])] if cuda else None)
-    agreements = dist.new_group(timeout=patience, backend="gloo")
-    gradients = dist.new_group(timeout=patience, backend="nccl" if cuda else "gloo")
-    yield Ranks(number, dist.get_world_size(), agreements, gradients)
+    size = configs.world_size(config.trainer)
+    patience = timedelta(seconds=config.trainer.join_timeout_s)  # imports take as long as the file system does
+    store, *_ = next(rendezvous("env://", number, size, timeout=patience))
+    store.set(f"ready/{number}", "")
+    store.wait([f"ready/{rank}" for rank in range(size)], patience)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=PrefixStore("gaplab", store),
+        rank=number,
+        world_size=size,
+        timeout=timedelta(seconds=config.trainer.rank_timeout_s),
+    )
+    yield Ranks(number, size)
     dist.destroy_process_group()
 
 
@@ -325,7 +338,7 @@ def _described(error: BaseException, number: int, folder: Path) -> dict[str, Any
     if isinstance(error, Exception) and (disk := explain_disk(error, folder)):
         return found | {"message": disk}
     if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer", "Timed out")):
-        return found | {"kind": "Lost", "message": first_line[:200]}
+        return found | {"kind": "Lost", "message": re.sub(r"^\[[^]]*\] *", "", first_line)[:200]}
     return found | {"message": f"{type(error).__name__}: {first_line}", "traceback": traceback.format_exc()}
 
 

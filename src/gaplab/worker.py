@@ -260,7 +260,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: 
 
 def _strategy(ranks: Ranks) -> Strategy | str:
     """BatchNorm's statistics are averaged when they are needed, not sent from the first process in every chunk."""
-    return DDPStrategy(process_group=ranks.gradients, broadcast_buffers=False) if ranks.size > 1 else "auto"
+    return DDPStrategy(broadcast_buffers=False) if ranks.size > 1 else "auto"
 
 
 def _synchronizes(config: Config) -> bool:

@@ -73,7 +73,7 @@ def test_two_hosts_train_the_network_that_one_does(hosts, tmp_path):
 
 
 def test_a_host_that_is_cut_off_ends_the_run_on_both_and_they_go_on(hosts, tmp_path):
-    words = [*ODD, *EXACT, "trainer.max_epochs=400"]
+    words = [*ODD, *EXACT, "trainer.max_epochs=100"]
     processes = both(hosts, words, tmp_path)
     folder = wait_for_epoch(3, tmp_path, processes)
     ip(f"-n {HOSTS[1]} link set veth-b down")
@@ -90,16 +90,16 @@ def test_a_host_that_is_cut_off_ends_the_run_on_both_and_they_go_on(hosts, tmp_p
 
     ip(f"-n {HOSTS[1]} link set veth-b up")
     again = [
-        started(f"resume={folder}", f"trainer.node_rank={rank}", f"paths.outputs={tmp_path}", before=host)
+        started(f"resume={folder}", *TWO[:2], f"trainer.node_rank={rank}", f"paths.outputs={tmp_path}", before=host)
         for rank, host in enumerate(hosts)
     ]
     assert ended(again) == [(0, ""), (0, "")]
     result = json.loads((folder / "result.json").read_text())
-    assert (result["status"], result["steps"]) == ("FINISHED", 400 * 16)
+    assert (result["status"], result["steps"]) == ("FINISHED", 100 * 16)
 
 
 def test_ctrl_c_on_one_host_saves_and_ends_both(hosts, tmp_path):
-    processes = both(hosts, [*ODD, "trainer.max_epochs=400"], tmp_path)
+    processes = both(hosts, [*ODD, "trainer.max_epochs=100"], tmp_path)
     folder = wait_for_epoch(3, tmp_path, processes)
     begin = time.monotonic()
     processes[0].send_signal(signal.SIGTERM)
