@@ -5,11 +5,14 @@ torch.distributed is not touched.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gaplab.errors import TrainingError
 
 T = TypeVar("T")
 
@@ -21,10 +24,27 @@ class Ranks:
     Attributes:
         rank: from 0.
         size: how many there are.
+        store: where they meet, torch's; None with one process.
+        patience: for those who are late to meet, while each is busy by itself.
     """
 
     rank: int = 0
     size: int = 1
+    store: Any = None
+    patience: timedelta = timedelta()
+
+    def meet(self, place: str) -> None:
+        """Wait for all to come to `place`. Raises TrainingError that names who did not."""
+        if self.size == 1:
+            return
+        self.store.set(f"{place}/{self.rank}", "")
+        here = [f"{place}/{rank}" for rank in range(self.size)]
+        try:
+            self.store.wait(here, self.patience)
+        except RuntimeError:
+            late = ", ".join(f"rank {rank}" for rank, name in enumerate(here) if not self.store.check([name]))
+            waited = f"waited {self.patience.total_seconds():g} s for {late}"
+            raise TrainingError(f"{waited} ({place}; trainer.join_timeout_s)") from None
 
     def share(self, samples: Tensor) -> Tensor:
         """This process's part of (N, …): (n, …), contiguous, the parts' sizes differing by one at most."""

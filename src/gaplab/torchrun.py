@@ -317,8 +317,8 @@ def _group(config: Config, number: int) -> Iterator[Any]:
     size = configs.world_size(config.trainer)
     patience = timedelta(seconds=config.trainer.join_timeout_s)  # imports take as long as the file system does
     store, *_ = next(rendezvous("env://", number, size, timeout=patience))
-    store.set(f"ready/{number}", "")
-    store.wait([f"ready/{rank}" for rank in range(size)], patience)
+    ranks = Ranks(number, size, store, patience)
+    ranks.meet("start")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore("gaplab", store),
@@ -326,7 +326,7 @@ def _group(config: Config, number: int) -> Iterator[Any]:
         world_size=size,
         timeout=timedelta(seconds=config.trainer.rank_timeout_s),
     )
-    yield Ranks(number, size)
+    yield ranks
     dist.destroy_process_group()
 
 

@@ -105,6 +105,7 @@ def _run(
         config.data, config.seed, config.trainer.chunk_size, config.model.bn, config.allowed_targets, ranks
     )
     digest = data.splits["train"].source.digest()
+    ranks.meet("data")  # reading them may take machines very unequal times
     if len(set(ranks.everyones(digest))) > 1:
         raise UserError(f"data.root={config.data.root}: the machines do not hold the same data")
     if ranks.rank == 0:
