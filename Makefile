@@ -45,7 +45,7 @@ test: $(READY) ## run the tests on two cores, all but test-faults and test-clust
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
 
-test-cluster: $(READY_CLUSTER) ## sweeps by a real one-node Slurm and a local Ray; as root on Debian, for 20 minutes
+test-cluster: $(READY_CLUSTER) ## several devices, two hosts, a real Slurm and a local Ray; as root on Debian, for 40 minutes
 	@command -v sbatch >/dev/null && command -v munged >/dev/null || DEBIAN_FRONTEND=noninteractive \
 		apt-get install --quiet --yes --no-install-recommends slurm-wlm munge
 	@.venv-cluster/bin/python -m pytest -q -s -p no:cacheprovider tests/cluster
