@@ -212,7 +212,7 @@ def _roll_call(config: Config) -> tuple[str, int, Any]:
         store = TCPStore(host, int(port), None, is_first, wait, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:
         reason = "cannot be listened at" if is_first else f"no answer within {settings.join_timeout_s:g} s"
-        detail = plain(str(error).partition("\n")[0])[:200]
+        detail = "the port is in use" if "EADDRINUSE" in str(error) else plain(str(error).partition("\n")[0])[:200]
         raise UserError(f"trainer.rdzv_endpoint={settings.rdzv_endpoint}: {reason} ({detail})") from None
     if settings.num_nodes == 1:
         return host, store.port, store

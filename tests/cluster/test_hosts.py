@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import time
 from functools import partial
@@ -123,6 +124,13 @@ def test_a_host_that_never_joins_is_named(hosts, rank, said, tmp_path):
     assert status == 2
     assert error.startswith(said)
     assert len(error.splitlines()) == 1
+
+
+def test_a_port_in_use_is_told(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"trainer.rdzv_endpoint=127.0.0.1:{server.getsockname()[1]}"
+        ((status, error),) = ended([started("trainer.num_nodes=2", endpoint, f"paths.outputs={tmp_path}")])
+    assert (status, error) == (2, f"error: {endpoint}: cannot be listened at (the port is in use)")
 
 
 def test_hosts_with_other_words_are_refused(hosts, tmp_path):
