@@ -72,7 +72,7 @@ class LiveView:
     def _line(self, folder: Path, result: dict[str, Any]) -> str:
         head = f"{len(self._results)}/{len(self._epochs)}  {folder.name}"
         if result["status"] != "FINISHED":
-            return plain(f"{head}  {result['status']}: {result.get('error')}")
+            return plain(f"{head}  {result['status']}: {result.get('error') or 'interrupted'}")
         return (
             f"{head}  train {result['train_acc']:.4f}  valid {result['valid_acc']:.4f}  "
             f"gap {100 * result['gap_acc']:+.2f} pp  {result['total_s']:.1f} s"

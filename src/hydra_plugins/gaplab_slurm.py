@@ -170,7 +170,8 @@ def _wait(array: str, count: int, limit_s: float = float("inf")) -> list[tuple[s
         if asked.returncode == 0 or gone:
             heard = now
             lines = [line.strip().split("|", 2) for line in asked.stdout.splitlines()]
-            seen = {int(index): (state, reason) for index, state, reason in lines}
+            # what was cancelled before it began has no index any more: N/A
+            seen = {int(index): (state, reason) for index, state, reason in lines if index.isdecimal()}
             for index, (state, reason) in seen.items():
                 if state == "PENDING" and any(word in reason.replace("_", " ") for word in NEVER):
                     _call("scancel", f"{array}_{index}")
