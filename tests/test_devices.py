@@ -17,7 +17,7 @@ from ranks_forked import run_ranks, start_ranks
 
 from gaplab import config as configs
 from gaplab import launch, worker
-from gaplab.data.datamodule import build_datamodule
+from gaplab.data.datamodule import DataModule, build_datamodule
 from gaplab.ranks import Ranks
 from gaplab.training.checkpoint import read_checkpoint
 from gaplab.training.optim import build_optimizer
@@ -135,6 +135,29 @@ def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_bits(drawn, tmp_path
     (drawn / "result.json").write_text((drawn / "ranks" / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(result))
     assert [name for name in differences(folder, drawn) if name != "metrics"] == []
+
+
+def test_a_rank_told_to_stop_while_it_evaluates_stops_all_and_they_evaluate_again(drawn, tmp_path):
+    config = composed(*ODD, *DRAWN, "trainer.devices=2", "data.eval_batch_size=100")
+    folder = tmp_path / "run"
+
+    def be_told_in_rank_1(rank: int) -> None:
+        batches = DataModule.batches
+
+        def told(self, name: str, shared: bool = False):
+            for number, batch in enumerate(batches(self, name, shared)):
+                if (rank, name, number) == (1, "train", 2):
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        DataModule.batches = told
+
+    children, _store = start_ranks(config, folder, be_told_in_rank_1)
+    assert [wait_for(child) for child in children] == [143, 143]
+    progress = read_checkpoint(folder / "checkpoints" / "last.ckpt")["progress"]
+    assert (progress["epochs"], progress["batches"]) == (0, 16)
+    run_ranks(config, folder, 2)
+    assert farthest(trained(folder), trained(drawn)) == 0
 
 
 def test_each_rank_draws_its_own_dropout(drawn):

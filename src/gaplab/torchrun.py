@@ -123,16 +123,16 @@ def _raise(config: Config, scratch: Path, status: int) -> None:
         raise UserError(outcome["error"])
     if "signal" in outcome:
         raise interrupt.Interrupted(outcome["signal"])
-    if killed := outcome.get("killed"):
-        raise TrainingError(killed)
     if own:
         error = own[0]
         with suppress(OSError):
-            if error["traceback"]:
+            if error["traceback"] and scratch.name == "ranks":
                 (scratch.parent / "error.log").write_text(error["traceback"])
         if error["kind"] == "UserError":  # all have the same to say
             raise UserError(error["message"])
         raise ERRORS.get(error["kind"], TrainingError)(f"rank {error['rank']}: {error['message']}")
+    if killed := outcome.get("killed"):
+        raise TrainingError(killed)
     if errors:
         heard = errors[0]
         raise TrainingError(
@@ -337,7 +337,7 @@ def _described(error: BaseException, number: int, folder: Path) -> dict[str, Any
         return found | {"kind": type(error).__name__, "message": str(error)}
     if isinstance(error, Exception) and (disk := explain_disk(error, folder)):
         return found | {"message": disk}
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer", "Timed out")):
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "peer", "Timed out", "closed")):
         return found | {"kind": "Lost", "message": re.sub(r"^\[[^]]*\] *", "", first_line)[:200]}
     return found | {"message": f"{type(error).__name__}: {first_line}", "traceback": traceback.format_exc()}
 

@@ -185,7 +185,9 @@ def _run(
 def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Console, ranks: Ranks) -> Path | None:
     """The checkpoint in `folder` to go on from, if any. Raises UserError if it is of another network or other data."""
     # the others take the first one's word: a folder may reach another machine late
-    path, wrong = ranks.everyones(newest_checkpoint(folder) if ranks.rank == 0 else (None, []))[0]
+    newest = newest_checkpoint(folder) if ranks.rank == 0 else (None, [])
+    ranks.meet("checkpoint")
+    path, wrong = ranks.everyones(newest)[0]
     for reason in wrong:
         console.print(reason, markup=False, soft_wrap=True)
     if path is None:
@@ -193,12 +195,12 @@ def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Cons
             console.print("no checkpoint can be read: training begins anew")
         return None
     checkpoint = read_checkpoint(path)
-    found, expected = (
+    kept, expected = (
         {name: tuple(value.shape) for name, value in state.items()}
         for state in (checkpoint["state_dict"], classifier.state_dict())
     )
-    if found != expected:
-        name = next(iter(found.items() ^ expected.items()))[0]
+    if kept != expected:
+        name = next(iter(kept.items() ^ expected.items()))[0]
         raise UserError(f"{path}: of another network than the config's ({name} differs)")
     if checkpoint["hyper_parameters"]["data"] != classifier.hparams["data"]:
         raise UserError(f"data.root: the data are not those that {path.parent.parent} was trained on; begin a new run")

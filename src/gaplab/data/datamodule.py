@@ -112,11 +112,14 @@ class DataModule(LightningDataModule):
     def batches(self, name: str, shared: bool = False) -> Iterator[Batch]:
         """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,).
 
-        `shared` among the processes that train together, each gets its part of them.
+        `shared` among the processes that train together, each gets its part of them, in as many batches.
         """
-        indices = self.splits[name].indices
-        indices = self._ranks.share(indices) if shared else indices
-        yield from _read(self.splits[name], list(indices.split(self._data.eval_batch_size)))
+        indices, size = self.splits[name].indices, self._data.eval_batch_size
+        parts = list(indices.split(size))
+        if shared and self._ranks.size > 1:
+            largest = -(-len(indices) // self._ranks.size)
+            parts = list(self._ranks.share(indices).tensor_split(-(-largest // size)))
+        yield from _read(self.splits[name], parts)
 
     def sample(self, name: str, count: int) -> Tensor:
         """The same `count` images of a split every time, or all if they are fewer: uint8 (B, C, H, W)."""

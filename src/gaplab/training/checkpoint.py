@@ -60,14 +60,13 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Classifier)
         interrupt.reclaim()  # Lightning stops between two of its batches, without a checkpoint
         self._trainer, self._classifier = trainer, pl_module
+        several = self._ranks.size > 1
         self._start = self._saved = time.perf_counter()
-        pl_module.after_step.append(lambda _: self.pause())
+        pl_module.after_step.append(lambda steps: None if several and steps % AGREE_EVERY else self.pause())
 
     def pause(self) -> None:
         """Save if it is time, or if a signal waits; then raise Interrupted. To be called where training may be left:
         between two optimizer steps, and between two batches of an evaluation."""
-        if self._ranks.size > 1 and self._classifier.steps % AGREE_EVERY:
-            return
         signum, due = divmod(self._ranks.largest(2 * (interrupt.pending() or 0) + self._is_due()), 2)
         if signum or due:
             self._classifier.count_up()
@@ -78,7 +77,7 @@ class Checkpoints(Checkpoint):
     def paused(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, with a place to stop before each."""
         for item in items:
-            if interrupt.pending() and self._ranks.size == 1:  # several have no step in common here
+            if interrupt.pending() or self._ranks.size > 1:  # several must agree, and have as many items
                 self.pause()
             yield item
 
