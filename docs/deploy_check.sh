@@ -99,7 +99,7 @@ is "ada's name, another's password" "$(code -X DELETE -u "ada:$(secret grace)" $
 lines() { cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' >$at/lines || true; }  # grep's own would count, if it held them
 lines
 is "secrets on command lines" "$(grep -cFf $at/secrets $at/lines || true)" 0
-bash -c 'sleep 30; : "$1"' bash "x$PGPASSWORD" & lines; kill $!
+bash -c 'sleep 30; : "$1"' bash "x$PGPASSWORD" & sleep 0.5; lines; kill $!
 is "one put there on purpose" "$(grep -cFf $at/secrets $at/lines || true)" 1
 is "secrets in the journal" "$(journalctl --no-pager | grep -cFf $at/secret || true)" 0
 is "the file of secrets" "$(stat -c '%U %a' /etc/mlflow/mlflow.env)" "root 600"
