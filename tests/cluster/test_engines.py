@@ -18,7 +18,7 @@ from slurm import one_node, wait_until
 from gaplab import config as configs
 
 SMALL = ["data.train_size=1000", "data.valid_size=500", "trainer.max_epochs=2", "figures=false"]
-LONG = ["data.train_size=20000", "data.valid_size=5000", "trainer.max_epochs=60", "figures=false", "model.bn=true"]
+LONG = ["data.train_size=20000", "data.valid_size=5000", "trainer.max_epochs=120", "figures=false", "model.bn=true"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.mem=1500M"]
 ENGINES = {"joblib": ["hydra/launcher=joblib"], "slurm": SLURM, "ray": ["hydra/launcher=ray"]}
 
