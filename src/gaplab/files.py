@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,20 @@ def held(folder: Path, what: str) -> Iterator[None]:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
         raise UserError(f"{folder}: {what}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time in. Where the lock cannot be written, all may go: nothing else is written there."""
+    from filelock import FileLock
+
+    lock = FileLock(path)
+    with suppress(OSError):
+        lock.acquire()
     try:
         yield
     finally:

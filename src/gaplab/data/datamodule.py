@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from gaplab.config import Data, ImageFolder, TorchvisionData, sizes
-from gaplab.data.datasets import load_dataset
+from gaplab.data.cache import Loaded, cached
+from gaplab.data.datasets import files_of, load_dataset
 from gaplab.data.loader import Batch, ChunkLoader, EpochOrder, augmentation
-from gaplab.data.pictures import find_pictures, load_pictures
+from gaplab.data.pictures import find_pictures, fit_memory, load_pictures
 from gaplab.data.resident import Source
 from gaplab.data.splits import noisy_labels, split
 from gaplab.errors import UserError
@@ -144,7 +147,7 @@ class DataModule(LightningDataModule):
 
 def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:
     for indices, images in zip(batches, part.source.images(batches), strict=True):
-        yield images, part.labels[indices.to(part.labels.device)]
+        yield images, part.labels.index_select(0, indices.to(part.labels.device))
 
 
 def build_datamodule(
@@ -154,16 +157,18 @@ def build_datamodule(
     bn: bool = False,
     allowed_targets: list[str] | None = None,
     ranks: Ranks = ALONE,
+    cache: Path | None = None,
 ) -> DataModule:
-    """Read the data that a config group describes, and split them. Raises UserError."""
+    """Read the data that a config group describes, from the folder `cache` if they are there, and split them.
+
+    Raises UserError.
+    """
     if isinstance(data, ImageFolder):
-        source, parts, classes = _image_folder(data)
-        test_source: Source = source
+        source, parts, classes = _image_folder(data, cache)
+        test_source = source
     else:
         assert isinstance(data, TorchvisionData)
-        source, test_source, classes = load_dataset(
-            data._target_, data.root, data.train_kwargs, data.test_kwargs, allowed_targets or ["torchvision"]
-        )
+        source, test_source, classes = _torchvision(data, allowed_targets or ["torchvision"], cache)
         parts = {"train": np.arange(len(source.labels)), "test": np.arange(len(test_source.labels))}
         if data.num_train not in (None, len(source.labels)):
             raise UserError(f"data.num_train={data.num_train}: {data.name} in {data.root} has {len(source.labels)}")
@@ -195,15 +200,40 @@ def sizes_beside(data: Data, available: int) -> int:
     return wanted
 
 
-def _image_folder(data: ImageFolder) -> tuple[Source, dict[str, np.ndarray], list[str]]:
-    found = find_pictures(Path(data.root).expanduser())
-    source, folder, broken = load_pictures(
-        found, data.image_size, data.channels, data.skip_broken, data.memory_budget_gb, data.workers
-    )
-    for name in broken:
+def _torchvision(data: TorchvisionData, allowed: list[str], cache: Path | None) -> tuple[Source, Source, list[str]]:
+    root = Path(data.root).expanduser()
+
+    def files() -> list[Path]:
+        elsewhere = "root" in data.train_kwargs | data.test_kwargs
+        return [] if elsewhere else files_of(data._target_, root, allowed)
+
+    def load() -> Loaded:
+        train, test, classes = load_dataset(data._target_, data.root, data.train_kwargs, data.test_kwargs, allowed)
+        return [train, test], {"classes": classes}
+
+    recipe = [torchvision.__version__, data._target_, data.train_kwargs, data.test_kwargs]
+    (train, test), names = cached(cache, recipe, root, files, load)
+    return train, test, names["classes"]
+
+
+def _image_folder(data: ImageFolder, cache: Path | None) -> tuple[Source, dict[str, np.ndarray], list[str]]:
+    root = Path(data.root).expanduser()
+    found = find_pictures(root)
+
+    def load() -> Loaded:
+        source, folder, broken = load_pictures(
+            found, data.image_size, data.channels, data.skip_broken, data.memory_budget_gb, data.workers
+        )
+        return [source], {"classes": folder.classes, "parts": folder.parts, "broken": broken}
+
+    if not fit_memory(found, data.image_size, data.channels, data.memory_budget_gb):
+        cache = None
+    recipe = [PIL.__version__, data.image_size, data.channels, data.skip_broken]
+    (source,), names = cached(cache, recipe, root, lambda: found.files, load)
+    for name in names["broken"]:
         log.warning("left out: %s", name)
-    marks = np.array(folder.parts)
+    marks = np.array(names["parts"])
     parts = {part: np.flatnonzero(marks == part) for part in ("train", "valid", "test") if (marks == part).any()}
     if "test" not in parts:
         log.warning("%s has no test/ folder: no test accuracy will be measured", data.root)
-    return source, parts, folder.classes
+    return source, parts, names["classes"]

@@ -1,21 +1,18 @@
 """torchvision's data sets, and any other `torch.utils.data.Dataset`, as uint8 tensors."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.utils import calculate_md5
 
 from gaplab.data.resident import Resident
 from gaplab.errors import UserError
-from gaplab.files import plain
+from gaplab.files import locked, plain
 from gaplab.targets import accepted, load_class
 
 
@@ -37,7 +34,7 @@ def load_dataset(
         except TypeError as error:
             raise UserError(f"data.train_kwargs, data.test_kwargs: {error}") from None
     parts = []
-    with _locked(Path(root)):
+    with locked(Path(root) / ".gaplab.lock"):
         verify_archives(dataset_class, Path(root))
         for kwargs in (train_kwargs, test_kwargs):
             try:
@@ -59,18 +56,6 @@ def load_dataset(
     return train, test, [plain(name).partition(" - ")[0] for name in classes]  # MNIST's are "0 - zero" …
 
 
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Let one process at a time unpack. A folder that cannot be written needs no lock: nothing is unpacked there."""
-    lock = FileLock(root / ".gaplab.lock")
-    with contextlib.suppress(OSError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def verify_archives(dataset_class: Any, root: Path) -> None:
     """Compare the archives that lie there with the MD5 sums that the class publishes. Raises UserError."""
     published: list[tuple[Path, str]] = []
@@ -86,6 +71,25 @@ def verify_archives(dataset_class: Any, root: Path) -> None:
     for path, md5 in published:
         if path.is_file() and (found := calculate_md5(str(path))) != md5:
             raise UserError(f"{path}: damaged, its MD5 sum is {found} instead of {md5}; replace or delete it")
+
+
+def files_of(target: str, root: Path, allowed_targets: list[str]) -> list[Path]:
+    """The files that torchvision reads for one of its own data sets, as far as they are there; it has to be known how
+    that one names them, else there are none. Raises UserError."""
+    dataset_class: Any = load_class(target, allowed_targets, Dataset, "data._target_")
+    if not dataset_class.__module__.startswith("torchvision."):  # a class made from one of these may read more
+        return []
+    files, folders = [], []
+    if isinstance(getattr(dataset_class, "resources", None), list):  # as above
+        folders = [root / dataset_class.__name__ / name for name in ("raw", "processed")]
+    if hasattr(dataset_class, "tgz_md5"):
+        files, folders = [root / dataset_class.filename], [root / dataset_class.base_folder]
+    if hasattr(dataset_class, "split_list"):
+        files = [root / name for _, name, _ in dataset_class.split_list.values()]
+    try:
+        return files + [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def to_tensors(dataset: Any) -> Resident:

@@ -213,6 +213,11 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def fit_memory(folder: Folder, size: int, channels: int, memory_budget_gb: float) -> bool:
+    """Whether `memory_budget_gb` holds all pictures of the folder decoded."""
+    return len(folder.files) * channels * size * size <= memory_budget_gb * 1e9
+
+
 def load_pictures(
     folder: Folder, size: int, channels: int, skip_broken: bool, memory_budget_gb: float, workers: int
 ) -> tuple[Source, Folder, list[str]]:
@@ -222,7 +227,7 @@ def load_pictures(
     files unless `skip_broken`.
     """
     files = PictureFiles(folder.files, size, channels)
-    keep = len(files) * channels * size * size <= memory_budget_gb * 1e9
+    keep = fit_memory(folder, size, channels, memory_budget_gb)
     pixels = torch.empty(len(files) if keep else 0, channels, size, size, dtype=torch.uint8)
     sums = torch.empty(len(files), 2, channels, dtype=torch.int64)
     broken: dict[int, str] = {}

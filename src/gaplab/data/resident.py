@@ -43,19 +43,23 @@ class Resident:
         self.pixels = pixels.contiguous()
         self.labels = labels
         self.in_shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        self._digest = ""
 
     def images(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        rows = self.pixels.flatten(1)  # of whole rows, index_select is several times as fast as indexing
         for indices in batches:
-            yield self.pixels[indices]
+            yield rows.index_select(0, indices.to(rows.device)).view(-1, *self.in_shape)
 
     def moments(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         sums = [pixel_sums(self.pixels[part]) for part in indices.split(4096)]
         return moments(sums, len(indices) * self.in_shape[1] * self.in_shape[2])
 
     def digest(self) -> str:
-        whole = hashlib.sha256(self.pixels.cpu().numpy().data)
-        whole.update(self.labels.numpy().data)
-        return whole.hexdigest()[:16]
+        if not self._digest:
+            whole = hashlib.sha256(self.pixels.cpu().numpy().data)
+            whole.update(self.labels.numpy().data)
+            self._digest = whole.hexdigest()[:16]
+        return self._digest
 
     def to_(self, device: torch.device) -> None:
         self.pixels = self.pixels.to(device)
