@@ -71,9 +71,12 @@ ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this mach
 	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
 		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
 
-bench: $(READY) ## seconds an epoch, beside a hand-written loop and plain Lightning
+bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; an hour on an idle machine
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/scale.py
+	@$(BIN)/python benchmarks/sweeps.py
+	@$(BIN)/python benchmarks/page.py
 
 clean: ## remove .venv and caches; data and outputs stay
 	rm -rf .venv .venv-cluster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
