@@ -16,7 +16,7 @@ from gaplab import config, launch
 from gaplab.tracking.journal import read_journal
 from gaplab.training import checkpoint
 
-NOT_NUMBERS = {"run_id", "fit_s", "total_s", "steps_per_s"}
+NOT_NUMBERS = {"run_id", "fit_s", "total_s", "steps_per_s", "times"}
 STAGES = ("_write", "os.fsync", "os.replace", "os.link", "_write_checksum", "_sync_folder")
 
 

@@ -1,9 +1,13 @@
 """Every wrong input ends in one line and status 2; nothing is left behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import assert_refused, train_py
+
+from gaplab import config as configs
 
 BAD = {
     "model.bnn=true": 'model.bnn: no such key in model; did you mean "bn"?',
@@ -118,3 +122,18 @@ def test_a_folder_of_configs_is_used(tmp_path: Path):
 @pytest.mark.parametrize("word", ["--experimental-rerun=x.pickle", "--config-path=/x"])
 def test_words_of_hydra_that_go_past_the_checks_are_refused(word: str, tmp_path: Path):
     assert_refused(train_py(word, cwd=tmp_path), word.partition("=")[0] + ": ")
+
+
+def test_leaving_early_calls_whom_python_calls_at_exit_and_keeps_the_status():
+    code = (
+        "import atexit, sys, threading; sys.path.insert(0, 'src'); from gaplab import cli\n"
+        "def main():\n"
+        "    threading._register_atexit(print, 'pools')\n"  # where those of a sweep are told to end
+        "    atexit.register(print, 'handlers')\n"
+        "    threading.Timer(0.1, print, ['threads']).start()\n"
+        "    raise SystemExit(3)\n"
+        "cli.run(main, lambda words: '')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=configs.PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.split() == ["pools", "threads", "handlers"]

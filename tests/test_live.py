@@ -16,7 +16,7 @@ def job(sweep: Path, name: str, status: str | None, valid: float = 0.97, epochs:
     folder.mkdir(parents=True)
     if epochs:
         (folder / "splits.npz").touch()
-        events = [{"event": "metrics", "step": step + 1, "values": {"gap/acc": 0}} for step in range(epochs)]
+        events = [{"event": "metrics", "step": step + 1, "values": {"valid/acc": 0}} for step in range(epochs)]
         events.insert(1, {"event": "run"})  # gone on with
         (folder / "journal.jsonl").write_text("".join(json.dumps(event | {"time": 1}) + "\n" for event in events))
     if status:

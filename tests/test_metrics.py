@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.stats import norm
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from gaplab.metrics import Score, gap
 
@@ -25,6 +26,8 @@ def test_interval_is_newcombes(counts):
     assert found.acc == p - q
     assert found.low == pytest.approx(p - q - np.hypot(p - low_p, high_q - q), abs=1e-12)
     assert found.high == pytest.approx(p - q + np.hypot(high_p - p, q - low_q), abs=1e-12)
+    library = confint_proportions_2indep(*counts, method="newcomb", compare="diff")
+    assert (found.low, found.high) == pytest.approx(library, abs=1e-12)
 
 
 def test_interval_covers_the_true_gap_in_95_percent_of_samples():

@@ -54,6 +54,14 @@ def stopped_at(step: int, folder: Path, monkeypatch, signum: signal.Signals = si
     assert list(read_journal(folder))[-1]["status"] == "KILLED"
 
 
+def test_a_run_that_seldom_evaluates_the_train_split_goes_on_the_same(tmp_path, monkeypatch):
+    words = [*RUN, "metrics.train_every=2", "trainer.max_epochs=5"]
+    launch.launch(composed(*words), tmp_path / "undisturbed")
+    stopped_at(STEPS + 12, tmp_path / "run", monkeypatch, signal.SIGTERM, *words[len(RUN) :])
+    launch.resume(composed(f"resume={tmp_path / 'run'}"), [f"resume={tmp_path / 'run'}"])
+    assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
 @pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 12, 3 * STEPS])
 def test_a_run_stopped_at_any_step_goes_on_there(step: int, undisturbed, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"

@@ -13,10 +13,11 @@ from gaplab import launch, worker
 from gaplab.data.loader import EpochOrder
 from gaplab.errors import TrainingError, UserError
 from gaplab.nn.build import build_network
+from gaplab.result import PHASES
 from gaplab.training.classifier import Classifier
 from gaplab.training.gap import predict
 
-TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "condition", "config_hash"}
+TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "times", "condition", "config_hash"}
 TOGGLES = ["model.bn=true", "model.dropout=0.3", "data.augment=crop_flip", "data.label_noise=0.1", "data.batch_size=96"]
 
 
@@ -262,3 +263,20 @@ def test_running_out_of_memory_is_one_line(run, monkeypatch):
     monkeypatch.setattr(Classifier, "training_step", exhausted)
     with pytest.raises(TrainingError, match=r"^out of memory; a smaller network, data\.batch_size or"):
         run()
+
+
+def test_the_times_of_a_run_add_up_and_are_shown_on_request(run, capsys):
+    result, folder = run("trainer.profile=true")
+    times = result["times"]
+    assert set(times) == PHASES.keys() - {"rest"}
+    assert all(seconds >= 0 for seconds in times.values())
+    assert sum(times.values()) - times["compose"] <= result["total_s"]
+    assert times["steps"] + times["evaluation"] + times["checkpoints"] <= result["fit_s"]
+    shown = capsys.readouterr().out
+    assert all(f"  {phase} " in shown for phase in PHASES)
+    events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    logged = next(event["values"] for event in events if "time/data_s" in event.get("values", {}))
+    assert all(logged[f"time/{phase}_s"] == times[phase] for phase in ("data", "steps", "evaluation"))
+    plain, _ = run()
+    assert plain["condition"] == result["condition"]
+    assert "where the time went" not in capsys.readouterr().out

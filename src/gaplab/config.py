@@ -125,7 +125,7 @@ class Data:
     name: str = key(UNSET, "Short name, used in run names.")
     root: str = key(UNSET, "Folder that holds the data.")
     batch_size: int = key(128, "Samples per optimizer step (per gradient, with accumulation).", POSITIVE)
-    eval_batch_size: int = key(256, "Samples per batch of the honest evaluation; no effect on accuracy.", POSITIVE)
+    eval_batch_size: int = key(512, "Samples per batch of the honest evaluation; no effect on accuracy.", POSITIVE)
     valid_size: int | float = key(
         0.1,
         "Validation samples held out of the official training part: a count, or a fraction below 1.",
@@ -245,6 +245,10 @@ class Trainer:
         Range(1, 1024),
     )
     chunk_size: int = key(50, "Mini-batches per call of Lightning's; no effect on the result.", POSITIVE)
+    compile: bool = key(
+        False, "Run each optimizer step as one CUDA graph: one GPU, no accumulation, no look at activations."
+    )
+    profile: bool = key(False, "Print where the time of the run went.")
     log_activations_every: int | None = key(
         None,
         "Optimizer steps between two looks at the activations: 15th, 50th, 85th percentile of each activation "
@@ -283,6 +287,16 @@ class Sweep:
 
 
 @dataclass
+class Metrics:
+    train_every: int = key(
+        1,
+        "Epochs between two honest evaluations of the train split, the costly half; the last and the best epoch "
+        "have one in any case. The valid split has one after every epoch.",
+        POSITIVE,
+    )
+
+
+@dataclass
 class Checkpoint:
     every_s: float = key(
         300.0,
@@ -306,6 +320,7 @@ class Config:
     scheduler: Scheduler = field(default_factory=Scheduler)
     trainer: Trainer = field(default_factory=Trainer)
     tracking: Tracking = field(default_factory=Tracking)
+    metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     sweep: Sweep = field(default_factory=Sweep)
     paths: Paths = field(default_factory=Paths)
@@ -525,9 +540,9 @@ def _digest(values: dict[str, Any]) -> str:
 
 def decides(name: str) -> bool:
     """Whether a key decides the numbers: not where things lie, nor how the run is called, drawn or tracked."""
-    where = ("tracking.", "checkpoint.", "sweep.", "paths.", "data.root", "allowed_targets")
+    where = ("tracking.", "metrics.", "checkpoint.", "sweep.", "paths.", "data.root", "allowed_targets")
     machines = ("node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
-    others = ("name", "figures", "resume", *(f"trainer.{one}" for one in machines))
+    others = ("name", "figures", "resume", "trainer.profile", *(f"trainer.{one}" for one in machines))
     return not name.startswith(where) and name not in others
 
 
@@ -655,6 +670,8 @@ def check(config: Config) -> None:
     if model.bn and data.batch_size == 1:
         raise UserError("data.batch_size=1: BatchNorm (model.bn=true) needs at least 2 samples in a batch")
     _check_devices(trainer, data, model.bn)
+    if trainer.compile:
+        _check_compile(trainer)
     if isinstance(config.tracking, MLflow):
         scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
         known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
@@ -663,6 +680,16 @@ def check(config: Config) -> None:
             raise UserError(f"tracking.uri={masked(config.tracking.uri)}: must begin with one of {begins}")
     if not config.allowed_targets:
         raise UserError("allowed_targets=[]: nothing could be built")
+
+
+def _check_compile(trainer: Trainer) -> None:
+    if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not cuda_devices()):
+        raise UserError("trainer.compile=true: needs a GPU; on the CPU there are no graphs to run")
+    if world_size(trainer) > 1:
+        raise UserError("trainer.compile=true: for one device alone; set trainer.devices=1 trainer.num_nodes=1")
+    for name, alone in (("accumulate_grad_batches", 1), ("log_activations_every", None)):
+        if (value := getattr(trainer, name)) != alone:
+            raise UserError(f"trainer.{name}={value}: not with trainer.compile=true")
 
 
 def sizes(data: Data, available: int) -> tuple[int, int]:

@@ -43,22 +43,27 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:
-    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` counts from 1."""
+    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` counts from 1.
+
+    Epochs whose train split was not evaluated have no train accuracy and no gap: lines join those that have.
+    """
     epochs = np.arange(1, len(history) + 1)
-    column = {name: np.array([row[name] for row in history]) for name in history[0]}
+    measured = np.array([number for number, row in zip(epochs, history, strict=True) if "gap/acc" in row])
+    column = {name: np.array([row[name] for row in history if name in row]) for name in history[-1]}
     figure = Figure(figsize=(7, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     marker = "o" if len(epochs) < 25 else None
-    upper.fill_between(epochs, column["valid/acc"], column["train/acc"], color=GREY, alpha=0.2, label="overfitting gap")
-    upper.plot(epochs, column["train/acc"], color=TRAIN, marker=marker, ms=3, label="train")
+    valid = column["train/acc"] - column["gap/acc"]  # of the same epochs
+    upper.fill_between(measured, valid, column["train/acc"], color=GREY, alpha=0.2, label="overfitting gap")
+    upper.plot(measured, column["train/acc"], color=TRAIN, marker=marker, ms=3, label="train")
     upper.plot(epochs, column["valid/acc"], color=VALID, marker=marker, ms=3, label="valid")
     upper.plot(epochs, column["train/acc_running"], color=TRAIN, lw=1, ls=":", label="train, running (not the gap's)")
     upper.axvline(best, color=GREY, lw=0.8, ls="--", label=f"best valid: epoch {best}")
     upper.set(ylabel="accuracy", title=title)
     upper.legend(loc="lower right", fontsize=8)
     gap, low, high = (100 * column[name] for name in ("gap/acc", "gap/acc_low", "gap/acc_high"))
-    lower.fill_between(epochs, low, high, color=GREY, alpha=0.2, label="95 % interval")
-    lower.plot(epochs, gap, color="black", marker=marker, ms=3)
+    lower.fill_between(measured, low, high, color=GREY, alpha=0.2, label="95 % interval")
+    lower.plot(measured, gap, color="black", marker=marker, ms=3)
     lower.axhline(0, color=GREY, lw=0.8)
     lower.set(xlabel="epoch", ylabel="gap, pp")
     lower.legend(loc="upper left", fontsize=8)

@@ -21,8 +21,9 @@ from gaplab import interrupt, torchrun
 from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
+from gaplab.machine import uncollected
 from gaplab.recovery import recover
-from gaplab.result import RunResult, print_summary
+from gaplab.result import RunResult, print_summary, print_times
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
     """
     from rich.console import Console
 
-    started = time.perf_counter()
+    started, composed = time.perf_counter(), _age()
     check_root(config.data)
     folder = _make_folder(config, folder)
     with _explained_disk(folder), held(folder, "this run is going on in another process"), interrupt.handled():
@@ -67,6 +68,8 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
             print(f"{name}  in {folder}", flush=True)
         tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
+        if not in_sweep:
+            result.times["compose"] = composed
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)
@@ -76,11 +79,23 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
                 if configs.world_size(config.trainer) > 1:
                     torchrun.run(config, folder, result, started, folder / "console.log" if in_sweep else None)
                 else:
-                    from gaplab import worker  # torch and Lightning: seconds, in which the sender gets ready too
+                    with result.timed("imports"), uncollected():  # in which the sender gets ready too
+                        from gaplab import worker
 
                     worker.run(config, folder, tracker, result, started, console)
             print_summary(console, result, config)
+            if config.trainer.profile:
+                print_times(console, result)
     return result
+
+
+def _age() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
 
 
 @contextmanager
@@ -114,7 +129,8 @@ def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Conso
         with ignored:
             if result.error:
                 tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
-            result.run_id = tracker.finish(result.status, wait_s) or result.run_id
+            with result.timed("tracking"):
+                result.run_id = tracker.finish(result.status, wait_s) or result.run_id
         result.total_s = time.perf_counter() - started
         with ignored:
             result.write(folder)

@@ -114,7 +114,7 @@ def epochs_done(folder: Path) -> int:
     """Epochs that are finished, those of earlier attempts included: the newest goes on with them."""
     number = 0
     for event in read_journal(folder):
-        if event["event"] == "metrics" and "gap/acc" in event["values"]:
+        if event["event"] == "metrics" and "valid/acc" in event["values"]:
             number = event["step"]
     return number
 

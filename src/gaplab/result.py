@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """What `result.json` holds. Accuracies and gaps are fractions, losses nats, times seconds; None is not known."""
+    """What `result.json` holds. Accuracies and gaps are fractions, losses nats, times seconds; None is not known.
+
+    `times` says where those of this process went, by the phases of `PHASES`.
+    """
 
     run_id: str
     status: str
@@ -45,6 +51,16 @@ class RunResult:
     test_loss: float | None = None
     diverged: bool = False
     error: str | None = None
+    times: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what happens meanwhile to `times`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - start
 
     def write(self, folder: Path) -> None:
         """A loss that is not finite is None, for JSON: the test split may have one where the others have none."""
@@ -54,6 +70,20 @@ class RunResult:
         }
         write_whole(folder / "result.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
 
+
+PHASES = {
+    "compose": "Python, Hydra, the config",
+    "imports": "torch, Lightning",
+    "data": "read, verified, split",
+    "network": "built and drawn",
+    "steps": "optimizer steps",
+    "evaluation": "both splits, honestly",
+    "checkpoints": "written, read back",
+    "test": "best weights, test split",
+    "figures": "drawn, saved",
+    "tracking": "waiting for MLflow's sender",
+    "rest": "Lightning's loop, journal, all else",
+}
 
 RESULT_NAMES = {
     "train_acc": "train/acc", "valid_acc": "valid/acc", "gap_acc": "gap/acc", "gap_acc_low": "gap/acc_low",
@@ -99,3 +129,21 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
         f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
         soft_wrap=True,
     )
+
+
+def print_times(console: Console, result: RunResult) -> None:
+    """Where the time went: `trainer.profile`."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("where the time went")
+    for heading in ("seconds", "share"):
+        table.add_column(heading, justify="right")
+    table.add_column("", style="dim")
+    known = {name: result.times.get(name, 0.0) for name in PHASES}
+    whole = known["compose"] + result.total_s
+    known["rest"] = max(0.0, whole - sum(known.values()))
+    for name, seconds in known.items():
+        table.add_row(name, f"{seconds:.2f}", f"{100 * seconds / whole:.1f} %", PHASES[name])
+    console.print(table)

@@ -34,6 +34,7 @@ from gaplab import interrupt
 from gaplab.config import Config
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, plain, read_json, write_whole
+from gaplab.machine import uncollected
 from gaplab.result import RunResult
 
 POLL_S = 0.05
@@ -287,11 +288,12 @@ def _rank(scratch: Path) -> int:
 def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], ranks: Any) -> None:
     from rich.console import Console
 
-    from gaplab import worker
     from gaplab.tracking.journal import Tracker
 
     is_first = ranks.rank == 0
     result = RunResult(**job["result"]) if is_first else RunResult("", "RUNNING", config.seed, "", "")
+    with result.timed("imports"), uncollected():
+        from gaplab import worker
     tracker = Tracker.of_rank(folder if is_first else None)
     where = job["output"] if is_first else os.devnull
     output = open(where, "a", encoding="utf-8") if where else None  # noqa: SIM115 (open for the whole process)

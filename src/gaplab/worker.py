@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import sys
 import time
 import warnings
@@ -37,7 +38,7 @@ from gaplab.tracking.journal import Tracker
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint, read_checkpoint
 from gaplab.training.classifier import Batch, Classifier
-from gaplab.training.gap import Epoch, GapCallback, predict
+from gaplab.training.gap import Epoch, GapCallback, predict, score
 from gaplab.training.progress import ProgressBar
 
 THREADS_PER_CORE = 8  # more wait for each other: at 500, a step of a small network takes minutes
@@ -94,6 +95,8 @@ def _run(
     ranks: Ranks,
 ) -> None:
     _keep_freed_memory()
+    if not torch.cuda.is_available():  # Lightning has torch load NVIDIA's library to see that, in every optimizer step
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     if config.trainer.threads:
         if config.trainer.threads > (most := THREADS_PER_CORE * usable_cores()):
             raise UserError(f"trainer.threads={config.trainer.threads}: at most {most} here, {THREADS_PER_CORE} a core")
@@ -101,16 +104,24 @@ def _run(
     elif ranks.size > 1:
         torch.set_num_threads(max(1, usable_cores() // config.trainer.devices))
     pl.seed_everything(config.seed, verbose=False)
-    data = build_datamodule(
-        config.data, config.seed, config.trainer.chunk_size, config.model.bn, config.allowed_targets, ranks
-    )
-    digest = data.splits["train"].source.digest()
+    with result.timed("data"):
+        data = build_datamodule(
+            config.data,
+            config.seed,
+            config.trainer.chunk_size,
+            config.model.bn,
+            config.allowed_targets,
+            ranks,
+            configs.folder("paths.outputs", config.paths.outputs) / "cache",
+        )
+        digest = data.splits["train"].source.digest()
     ranks.meet("data")  # reading them may take machines very unequal times
     if len(set(ranks.everyones(digest))) > 1:
         raise UserError(f"data.root={config.data.root}: the machines do not hold the same data")
     if ranks.rank == 0:
         data.save_splits(folder / "splits.npz")
-    network = _build_network(config, data)
+    with result.timed("network"):
+        network = _build_network(config, data)
     if ranks.rank:  # dropout is each process's own; whatever is drawn before this is the same in all
         torch.manual_seed(derive_seed(config.seed, "rank", ranks.rank))
     result.params = sum(parameter.numel() for parameter in network.parameters())
@@ -127,7 +138,7 @@ def _run(
     def batches(split: str) -> Iterator[Batch]:
         return checkpoints.paused(data.batches(split, shared=True))
 
-    measured = GapCallback(batches, len(data.classes), on_epoch, ranks)
+    measured = GapCallback(batches, len(data.classes), on_epoch, ranks, config.metrics.train_every)
     checkpoints = Checkpoints(
         folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1], ranks
     )
@@ -153,16 +164,32 @@ def _run(
     finally:
         result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
         result.steps = classifier.steps
+        result.times |= {
+            "steps": classifier.train_s - checkpoints.within_s,
+            "evaluation": measured.eval_s,
+            "checkpoints": checkpoints.save_s,
+        }
         _record(result, measured)
     if ranks.rank:
         return
 
+    device = trainer.strategy.root_device
+    network.to(device)  # Lightning has moved it to the CPU, away from the data
+
+    def complete(epoch: Epoch) -> None:
+        if epoch.train is None:
+            with trainer.precision_plugin.forward_context(), result.timed("evaluation"):
+                found = score(network, data.batches("train"), len(data.classes), device)
+            tracker.metrics(measured.complete(epoch, found).train_metrics(), epoch.number)
+
+    complete(measured.history[-1])
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     if best["progress"]["epochs"] != measured.best.number:  # a crash, and a device that does not repeat itself
         raise TrainingError(f"best.ckpt is not of the best epoch, {measured.best.number}; begin a new run")
     network.load_state_dict({name.removeprefix("network."): value for name, value in best["state_dict"].items()})
-    network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
-    with trainer.precision_plugin.forward_context():
+    complete(measured.best)
+    _record(result, measured)
+    with result.timed("test"), trainer.precision_plugin.forward_context():
         drawings = _test(config, data, network, measured, result)
     summary = _summary(result)
     if looks is not None:
@@ -170,9 +197,11 @@ def _run(
             drawings["activations"] = lambda: figures.activations(looks.history, configs.run_name(config))
         error = identity_error(network, data.sample("valid", IDENTITY_SAMPLES))
         summary |= {} if error is None else {"bn/identity_error": error}
-    paths = figures.save_figures(folder / "figures", drawings)
+    with result.timed("figures"):
+        paths = figures.save_figures(folder / "figures", drawings)
     if classifier.first_step is not None:  # else nothing was left to train
         summary["time/to_first_step_s"] = classifier.first_step - started
+    summary |= {f"time/{phase}_s": seconds for phase, seconds in result.times.items()}
     tracker.metrics(summary, result.epochs)
     for path in paths:
         tracker.artifact(path, "figures")
@@ -230,6 +259,7 @@ def _classifier(config: Config, data: DataModule, network: Network, digest: str,
         batch_size=config.data.batch_size,
         samples_per_epoch=data.samples_per_epoch,
         ranks=ranks,
+        compile=config.trainer.compile,
     )
 
 
@@ -320,8 +350,10 @@ def _record(result: RunResult, measured: GapCallback) -> None:
     result.epochs = last.number
     result.steps_per_s = sorted(epoch.steps_per_s for epoch in measured.history)[len(measured.history) // 2]
     for name, metric in RESULT_NAMES.items():
-        setattr(result, name, last.metrics()[metric])
-    result.best = {name: best.metrics()[metric] for name, metric in RESULT_NAMES.items()} | {"epoch": best.number}
+        setattr(result, name, last.metrics().get(metric))
+    known = best.metrics()
+    result.best = {name: known[metric] for name, metric in RESULT_NAMES.items() if metric in known}
+    result.best["epoch"] = best.number
 
 
 def _summary(result: RunResult) -> dict[str, float]:

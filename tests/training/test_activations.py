@@ -12,7 +12,7 @@ from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.training import activations
 from gaplab.training.activations import identity_error, look, restore_identity_
 
-TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "condition", "config_hash"}
+TIMES = {"run_id", "fit_s", "total_s", "steps_per_s", "times", "condition", "config_hash"}
 TOGGLES = ["model.bn=true", "model.dropout=0.3", "data.augment=crop", "data.batch_size=96", "data.normalize=binary"]
 
 

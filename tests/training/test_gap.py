@@ -1,8 +1,13 @@
+import pytest
 import torch
+from conftest import composed
 from networks import build
 from torch import nn
 
+from gaplab.errors import UserError
 from gaplab.metrics import gap
+from gaplab.result import RunResult
+from gaplab.tracking.journal import read_journal
 from gaplab.training.gap import predict, score
 
 CPU = torch.device("cpu")
@@ -54,3 +59,52 @@ def test_a_model_that_answers_at_random_has_an_interval_over_zero():
     network = build("mlp")
     found = gap(score(network, random_batches(3), 10, CPU), score(network, random_batches(4), 10, CPU))
     assert found.low < 0 < found.high
+
+
+def logged(folder, name: str) -> dict[int, float]:
+    """A metric by epoch, as it was tracked."""
+    events = [event for event in read_journal(folder) if name in event.get("values", {})]
+    assert len({event["step"] for event in events}) == len(events)
+    return {event["step"]: event["values"][name] for event in events}
+
+
+def numbers(result: RunResult) -> dict[str, object]:
+    return {
+        name: value for name, value in result.items() if not name.endswith("_s") and name not in ("run_id", "times")
+    }
+
+
+def test_the_train_split_is_evaluated_when_asked_after_the_last_and_for_the_best_epoch(run):
+    words = ["trainer.max_epochs=7", "optimizer.lr=0.02", "data.label_noise=0.2", "model.bn=true", "figures=true"]
+    every, every_folder = run(*words)
+    result, folder = run(*words, "metrics.train_every=3")
+    best = result["best"]["epoch"]
+    assert best not in (3, 6, 7)  # else this shows less than it says
+    for name in ("train/acc", "train/loss", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/loss"):
+        found, expected = logged(folder, name), logged(every_folder, name)
+        assert set(found) == {3, 6, 7, best}
+        assert found == pytest.approx({epoch: expected[epoch] for epoch in found}, abs=1e-12)
+    for name in ("valid/acc", "valid/loss", "train/acc_running"):
+        assert logged(folder, name) == logged(every_folder, name)
+        assert len(logged(folder, name)) == 7
+    assert numbers(result) == numbers(every)
+    assert (folder / "figures" / "learning_curves.png").is_file()
+
+
+def test_a_run_that_stops_early_has_its_last_epochs_figures(run):
+    words = ["trainer.max_epochs=20", "trainer.early_stopping=2", "optimizer.lr=0.02", "model.bn=true"]
+    every, _ = run(*words)
+    result, folder = run(*words, "metrics.train_every=50")
+    assert result["epochs"] < 20
+    assert set(logged(folder, "gap/acc")) == {result["epochs"], result["best"]["epoch"]}
+    assert numbers(result) == numbers(every)
+
+
+def test_how_often_does_not_decide_the_numbers_and_is_a_positive_count():
+    from gaplab.config import condition, config_hash
+
+    often, seldom = composed(), composed("metrics.train_every=3")
+    assert (config_hash(often), condition(often)) == (config_hash(seldom), condition(seldom))
+    for value in ("0", "-1"):
+        with pytest.raises(UserError, match=r"metrics\.train_every"):
+            composed(f"metrics.train_every={value}")

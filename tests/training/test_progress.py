@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,12 +12,12 @@ from gaplab.training.progress import ProgressBar
 EPOCH = Epoch(1, Score(990, 1000, 0.05), Score(95, 100, 0.2), 0.97, 0.001, 1.5, 0.2, 400.0)
 
 
-def shown(terminal: bool) -> str:
+def shown(terminal: bool, epoch: Epoch = EPOCH) -> str:
     file = io.StringIO()
     bar = ProgressBar(Console(file=file, force_terminal=terminal, width=120))
     trainer = SimpleNamespace(num_training_batches=3, max_epochs=2, current_epoch=0)
     bar.on_train_start(trainer, None)
-    bar.show(EPOCH, 2)
+    bar.show(epoch, 2)
     trainer.current_epoch = 1
     bar.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.125)})
     bar.teardown(trainer, None, "fit")
@@ -33,3 +34,9 @@ def test_a_file_sees_one_line_an_epoch_without_control_characters():
     assert "\x1b" not in text
     assert text.startswith("epoch 1/2  loss 0.0500  train 0.9900  valid 0.9500  gap +4.00 pp [+1.")
     assert text.count("\n") == 1
+
+
+def test_an_epoch_without_the_train_split_shows_the_rest():
+    epoch = replace(EPOCH, train=None)
+    assert shown(terminal=False, epoch=epoch) == "epoch 1/2  valid 0.9500  1.5 s\n"
+    assert "loss 0.1250  valid 0.9500 " in shown(terminal=True, epoch=epoch)

@@ -163,4 +163,4 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self._binary:
             return (images > 127).to(self.scale.dtype)
-        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+        return torch.mul(images, self.scale).add_(self.shift)

@@ -46,6 +46,7 @@ class Checkpoints(Checkpoint):
 
     Attributes:
         earlier_s: seconds that an earlier process spent in training and measuring, up to the checkpoint gone on from.
+        save_s: seconds that this process spent in saving; `within_s` of them within epochs.
     """
 
     def __init__(self, folder: Path, every_s: float, is_best: Callable[[], bool], ranks: Ranks = ALONE) -> None:
@@ -53,7 +54,7 @@ class Checkpoints(Checkpoint):
         self._every_s = every_s
         self._is_best = is_best
         self._ranks = ranks
-        self.earlier_s = 0.0
+        self.earlier_s = self.save_s = self.within_s = 0.0
         self._start = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +71,7 @@ class Checkpoints(Checkpoint):
         signum, due = divmod(self._ranks.largest(2 * (interrupt.pending() or 0) + self._is_due()), 2)
         if signum or due:
             self._classifier.count_up()
-            self._save(LAST)
+            self.within_s += self._save(LAST)
         if signum:
             raise interrupt.Interrupted(signum)
 
@@ -97,9 +98,13 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier_s = state_dict["seconds"]
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str) -> float:
+        """The seconds that it took."""
+        start = time.perf_counter()
         self._trainer.save_checkpoint(self._folder / name)
         self._saved = time.perf_counter()
+        self.save_s += self._saved - start
+        return self._saved - start
 
 
 class ChecksumIO(TorchCheckpointIO):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gaplab import config
 from gaplab.errors import DivergenceError
 from gaplab.ranks import ALONE, Ranks
+from gaplab.training.captured import CapturedStep
 from gaplab.training.optim import build_optimizer, build_scheduler
 
 Batch = tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ class Classifier(LightningModule):
         clip: largest L2 norm of the gradient, or None.
         batch_size, samples_per_epoch: of all `ranks` together; needed where there are several.
         ranks: the processes that train together, each with its part of every mini-batch.
+        compile: run an optimizer step as a CUDA graph; without `accumulate`, on one device.
 
     Attributes:
         running: correct answers and samples of this process in this epoch so far, counted in train mode while the
@@ -62,6 +64,7 @@ class Classifier(LightningModule):
         batch_size: int = 0,
         samples_per_epoch: int = 0,
         ranks: Ranks = ALONE,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -72,8 +75,8 @@ class Classifier(LightningModule):
         self.steps = self.epochs = self.batches = 0
         self.after_step: list[Callable[[int], None]] = []
         self._losses: list[Tensor] = []  # of the mini-batches that `count_up` is yet to see
-        self._hits: list[Tensor] = []
-        self._samples = 0
+        self._answers: list[Tensor] = []
+        self._labels: list[Tensor] = []
         self._mean_loss = torch.zeros(())
         self._stopped = False
         self._own: dict[str, Any] | None = None  # of this process in a checkpoint, until training goes on
@@ -86,6 +89,8 @@ class Classifier(LightningModule):
         self._batches_per_epoch = batches_per_epoch
         self._batch_size, self._samples_per_epoch = batch_size, samples_per_epoch
         self._ranks = ranks
+        self._compile = compile
+        self._captured: CapturedStep | None = None
         self.steps_per_epoch = -(-batches_per_epoch // accumulate)
         self.save_hyperparameters(hyper_parameters)
 
@@ -93,7 +98,7 @@ class Classifier(LightningModule):
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets)
+        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets, self._compile)
         assert self.trainer.max_epochs is not None
         total = self.steps_per_epoch * self.trainer.max_epochs
         scheduler = build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
@@ -128,25 +133,18 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
-        alone = self._ranks.size == 1
+        if self._compile and self._captured is None:
+            self._captured = CapturedStep(self._whole_step, optimizer)
         for images, labels in chunk:
-            logits = self.network(images)  # (B, K)
-            loss = F.cross_entropy(logits, labels) if alone else self._share_of_loss(logits, labels)
-            share = loss / self._group_size() if self._accumulate > 1 else loss
-            if alone:
-                share.backward()
-            else:
-                self.manual_backward(share)  # Lightning has DDP average the gradients meanwhile
+            loss, answers = (self._captured or self._learn)(images, labels)
             self.batches += 1
-            self._losses.append(loss.detach())
-            self._hits.append((logits.detach().argmax(1) == labels).sum())
-            self._samples += len(labels)
+            self._losses.append(loss)
+            self._answers.append(answers)
+            self._labels.append(labels)
             if self.batches % self._accumulate == 0 or self.batches == self._batches_per_epoch:
-                if self._clip is not None:
-                    nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
+                if self._captured is None:
+                    self._update(optimizer)
                 self.lr = optimizer.param_groups[0]["lr"]
-                optimizer.step()
-                optimizer.zero_grad()
                 if scheduler is not None:
                     scheduler.step()
                 self.steps += 1
@@ -159,14 +157,40 @@ class Classifier(LightningModule):
         self.train_s += time.perf_counter() - start
         return self._mean_loss
 
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a mini-batch, or of its part of an optimizer step; its mean loss (), answers (B,)."""
+        logits = self.network(images)  # (B, K)
+        alone = self._ranks.size == 1
+        loss = F.cross_entropy(logits, labels) if alone else self._share_of_loss(logits, labels)
+        share = loss / self._group_size() if self._accumulate > 1 else loss
+        if alone:
+            share.backward()
+        else:
+            self.manual_backward(share)  # Lightning has DDP average the gradients meanwhile
+        return loss.detach(), logits.detach().argmax(1)
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _whole_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._learn(images, labels)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self._update(optimizer)
+        return found
+
     def count_up(self) -> None:
         """Bring `running` up to the newest step. Raises DivergenceError."""
         if not self._losses:
             return
         self._mean_loss = self._finite(torch.stack(self._losses)).mean()
-        self.running[0] += int(torch.stack(self._hits).sum())
-        self.running[1] += self._samples
-        self._losses, self._hits, self._samples = [], [], 0
+        labels = torch.cat(self._labels)
+        self.running[0] += int((torch.cat(self._answers) == labels).sum())
+        self.running[1] += len(labels)
+        self._losses, self._answers, self._labels = [], [], []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say where training is in gaplab's own words: Lightning's count chunks, which a checkpoint may divide."""

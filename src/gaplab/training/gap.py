@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Epoch:
     """What was measured at the end of an epoch, all with the same weights but `running_acc`."""
 
     number: int  # from 1
-    train: Score
+    train: Score | None  # None where this split was not evaluated
     valid: Score
     running_acc: float
     lr: float  # of the epoch's last optimizer step
@@ -62,17 +62,10 @@ class Epoch:
     steps_per_s: float  # training steps alone
 
     def metrics(self) -> dict[str, float]:
-        """By their public names: fractions, nats, seconds."""
-        found = gap(self.train, self.valid)
-        return {
-            "train/acc": self.train.acc,
+        """By their public names: fractions, nats, seconds; those of `train_metrics` where there are any."""
+        return self.train_metrics() | {
             "valid/acc": self.valid.acc,
-            "gap/acc": found.acc,
-            "gap/acc_low": found.low,
-            "gap/acc_high": found.high,
-            "train/loss": self.train.loss,
             "valid/loss": self.valid.loss,
-            "gap/loss": self.valid.loss - self.train.loss,
             "train/acc_running": self.running_acc,
             "lr": self.lr,
             "time/epoch_s": self.epoch_s,
@@ -80,9 +73,23 @@ class Epoch:
             "time/steps_per_s": self.steps_per_s,
         }
 
+    def train_metrics(self) -> dict[str, float]:
+        """What needs the train split's evaluation; empty without one."""
+        if self.train is None:
+            return {}
+        found = gap(self.train, self.valid)
+        return {
+            "train/acc": self.train.acc,
+            "gap/acc": found.acc,
+            "gap/acc_low": found.low,
+            "gap/acc_high": found.high,
+            "train/loss": self.train.loss,
+            "gap/loss": self.valid.loss - self.train.loss,
+        }
+
 
 class GapCallback(Callback):
-    """Evaluates both splits at the end of every epoch and logs the metrics, so that checkpoints and early stopping see
+    """Evaluates the splits at the end of every epoch and logs the metrics, so that checkpoints and early stopping see
     them. Raises DivergenceError, before any checkpoint, when the loss is not finite.
 
     Args:
@@ -90,9 +97,12 @@ class GapCallback(Callback):
         num_classes: K.
         on_epoch: called with each finished epoch.
         ranks: the processes that train together; `batches` gives this one's part.
+        train_every: epochs from one evaluation of the train split to the next. One that stops early may end without;
+            `complete` is for it, and for the best one.
 
     Attributes:
         history: the finished epochs, those before a checkpoint included.
+        eval_s: seconds that this process spent in evaluating.
     """
 
     def __init__(
@@ -101,13 +111,16 @@ class GapCallback(Callback):
         num_classes: int,
         on_epoch: Callable[[Epoch], None],
         ranks: Ranks = ALONE,
+        train_every: int = 1,
     ) -> None:
         self.history: list[Epoch] = []
+        self.eval_s = 0.0
         self._elapsed = 0.0, 0.0  # of an epoch that a checkpoint divides: seconds, and those of training
         self._batches = batches
         self._num_classes = num_classes
         self._on_epoch = on_epoch
         self._ranks = ranks
+        self._train_every = train_every
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -119,22 +132,25 @@ class GapCallback(Callback):
         assert isinstance(pl_module, Classifier)
         evaluation = time.perf_counter()
         pl_module.average_statistics_()
+        number = trainer.current_epoch + 1
         with trainer.precision_plugin.forward_context():
-            train, valid = (
-                score(pl_module.network, self._batches(split), self._num_classes, pl_module.device, self._ranks)
+            found = {
+                split: score(pl_module.network, self._batches(split), self._num_classes, pl_module.device, self._ranks)
                 for split in ("train", "valid")
-            )
-        if not math.isfinite(train.loss + valid.loss):
+                if split == "valid" or number % self._train_every == 0 or number == trainer.max_epochs
+            }
+        if not all(math.isfinite(one.loss) for one in found.values()):
             raise DivergenceError(
-                f"the loss after epoch {trainer.current_epoch + 1} (step {trainer.global_step}) is not finite; a lower "
+                f"the loss after epoch {number} (step {trainer.global_step}) is not finite; a lower "
                 "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
             )
         now = time.perf_counter()
+        self.eval_s += now - evaluation
         hits, count = self._ranks.total(*pl_module.running)
         epoch = Epoch(
-            number=trainer.current_epoch + 1,
-            train=train,
-            valid=valid,
+            number=number,
+            train=found.get("train"),
+            valid=found["valid"],
             running_acc=hits / count,
             lr=pl_module.lr,
             epoch_s=now - self._start[0],
@@ -145,6 +161,15 @@ class GapCallback(Callback):
         pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
         self._on_epoch(epoch)
 
+    def complete(self, epoch: Epoch, train: Score) -> Epoch:
+        """Give a finished epoch the train split's score, which was measured with its weights afterwards. Raises
+        DivergenceError when its loss is not finite."""
+        if not math.isfinite(train.loss):
+            raise DivergenceError(f"the loss of the train split after epoch {epoch.number} is not finite")
+        known = replace(epoch, train=train)
+        self.history[epoch.number - 1] = known
+        return known
+
     def state_dict(self) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._start[0], self._module.train_s - self._start[1]
         if self._module.batches == 0:  # the epoch is over
@@ -153,7 +178,7 @@ class GapCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [
-            Epoch(**epoch | {split: Score(**epoch[split]) for split in ("train", "valid")})
+            Epoch(**epoch | {split: Score(**epoch[split]) for split in ("train", "valid") if epoch[split]})
             for epoch in state_dict["history"]
         ]
         self._elapsed = state_dict["elapsed"]

@@ -11,9 +11,12 @@ from gaplab.errors import UserError
 from gaplab.targets import accepted, load_class
 
 
-def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targets: list[str]) -> Optimizer:
+def build_optimizer(
+    network: nn.Module, settings: config.Optimizer, allowed_targets: list[str], captured: bool = False
+) -> Optimizer:
     """The optimizer over all parameters of `network`, in torch's fused form where there is one.
 
+    With `captured` its step may be part of a CUDA graph.
     Weight decay acts on weights alone; on BatchNorm's parameters and on biases only with `decay_norm_and_bias`. Raises
     UserError when the class cannot be reached or built.
     """
@@ -34,7 +37,8 @@ def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targ
         if item.name in offered.keys() - taken.keys() and getattr(settings, item.name) != _default(item):
             raise UserError(f"optimizer.{item.name}: {settings._target_} takes no such argument")
     try:
-        return optimizer_class(groups, **taken, **accepted(optimizer_class, {"fused": True}))
+        forms = {"fused": True} | ({"capturable": True} if captured else {})
+        return optimizer_class(groups, **taken, **accepted(optimizer_class, forms))
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
 

@@ -50,12 +50,16 @@ class ProgressBar(Callback):
 
     def show(self, epoch: Epoch, max_epochs: int) -> None:
         """Say what an epoch ended with."""
-        found = gap(epoch.train, epoch.valid)
-        self._epoch_line = f"train {epoch.train.acc:.4f}  valid {epoch.valid.acc:.4f}  gap {100 * found.acc:+.2f} pp"
+        loss = interval = ""
+        self._epoch_line = f"valid {epoch.valid.acc:.4f}"
+        if epoch.train is not None:
+            found = gap(epoch.train, epoch.valid)
+            loss = f"  loss {epoch.train.loss:.4f}"
+            interval = f" [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+            self._epoch_line = f"train {epoch.train.acc:.4f}  {self._epoch_line}  gap {100 * found.acc:+.2f} pp"
         if not self._console.is_terminal:
             self._console.print(
-                f"epoch {epoch.number}/{max_epochs}  loss {epoch.train.loss:.4f}  {self._epoch_line} "
-                f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {epoch.epoch_s:.1f} s",
+                f"epoch {epoch.number}/{max_epochs}{loss}  {self._epoch_line}{interval}  {epoch.epoch_s:.1f} s",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -1,0 +1,92 @@
+"""An optimizer step as one CUDA graph: the GPU is given some hundred small kernels by a single call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Outputs = tuple[Tensor, Tensor]
+
+WARM_UP = 3  # steps
+
+
+def cuda_graph(work: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """Capture the kernels that `work` starts, without running them; each call runs them, into the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = work()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class CapturedStep:
+    """`step`, captured once: images (B, C, H, W) and labels (B,) -> two tensors.
+
+    Results are those of `step`, but that learning rates are rounded to float32. The first steps run as they are, on a
+    stream of their own, and find the memory that they keep (moments, workspaces); then comes the capture. Mini-batches
+    of another size than the first one's run as they are. What `step` reads from Python is frozen by the capture, but
+    for the learning rates.
+
+    Args:
+        step: forward, backward and update, without any number that Python would have to wait for.
+        optimizer: the one that `step` uses; its learning rates may change between steps.
+        capture: `cuda_graph`, or what stands for it where there is no GPU.
+
+    References:
+        PyTorch documentation, "CUDA semantics", section "CUDA Graphs", whole-network capture.
+    """
+
+    def __init__(
+        self, step: Step, optimizer: Optimizer, capture: Callable[[Callable[[], Outputs]], Any] = cuda_graph
+    ) -> None:
+        self._step = step
+        self._groups: list[dict[str, Any]] = optimizer.param_groups
+        self._capture = capture
+        self._replay: Callable[[], Outputs] | None = None
+        self._seen = 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
+        if self._seen == 0:
+            self._images, self._labels = images.clone(), labels.clone()
+            self._lrs = [torch.tensor(float(group["lr"]), device=images.device) for group in self._groups]
+        if images.shape != self._images.shape:
+            return self._step(images, labels)
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._seen += 1
+        if self._seen <= WARM_UP:
+            return self._aside(images.device)
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            lr.fill_(group["lr"])
+        if self._replay is None:
+            torch.clear_autocast_cache()  # what is in there would be frozen
+            self._replay = self._capture(self._with_lrs_in_tensors)
+        first, second = self._replay()
+        return first.clone(), second.clone()
+
+    def _aside(self, device: torch.device) -> Outputs:
+        if device.type != "cuda":
+            return self._step(self._images, self._labels)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            outputs = self._step(self._images, self._labels)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return outputs
+
+    def _with_lrs_in_tensors(self) -> Outputs:
+        numbers = [group["lr"] for group in self._groups]
+        try:
+            for group, lr in zip(self._groups, self._lrs, strict=True):
+                group["lr"] = lr
+            return self._step(self._images, self._labels)
+        finally:
+            for group, number in zip(self._groups, numbers, strict=True):
+                group["lr"] = number
