@@ -38,15 +38,15 @@ def undisturbed(tmp_path_factory):
 
 def stopped_at(step: int, folder: Path, monkeypatch, signum: signal.Signals = signal.SIGTERM, *more: str) -> None:
     """A run that is told to stop in its `step`-th step."""
-    original = Classifier._count_steps
+    original = Classifier._update
 
-    def count(self, steps: int) -> None:
-        original(self, steps)
-        if self.steps == step:
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        original(self, optimizer)
+        if self.steps + 1 == step:
             signal.raise_signal(signum)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "_count_steps", count)
+        patch.setattr(Classifier, "_update", update)
         with pytest.raises(interrupt.Interrupted) as stop:
             launch.launch(composed(*RUN, *more), folder)
     assert stop.value.exit_status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]

@@ -163,4 +163,4 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self._binary:
             return (images > 127).to(self.scale.dtype)
-        return torch.mul(images, self.scale).add_(self.shift)
+        return images.to(self.scale.dtype, copy=True).mul_(self.scale).add_(self.shift)

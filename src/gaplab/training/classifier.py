@@ -108,7 +108,7 @@ class Classifier(LightningModule):
         """Have Lightning begin after the epochs of a checkpoint; within an epoch, the loader knows where to begin."""
         finished: Any = self.trainer.fit_loop.epoch_progress.current
         finished.processed = finished.completed = self.epochs
-        self._count_steps(self.steps)
+        self._count_steps()
         self.trainer.should_stop = self._stopped
 
     def on_train_epoch_start(self) -> None:
@@ -148,7 +148,6 @@ class Classifier(LightningModule):
                 if scheduler is not None:
                     scheduler.step()
                 self.steps += 1
-                self._count_steps(1)
                 if autocast:  # it would go on with copies of the weights made before this step
                     torch.clear_autocast_cache()
                 for call in self.after_step:
@@ -167,7 +166,7 @@ class Classifier(LightningModule):
             share.backward()
         else:
             self.manual_backward(share)  # Lightning has DDP average the gradients meanwhile
-        return loss.detach(), logits.detach().argmax(1)
+        return loss.detach(), logits.argmax(1)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         if self._clip is not None:
@@ -183,9 +182,10 @@ class Classifier(LightningModule):
         return found
 
     def count_up(self) -> None:
-        """Bring `running` up to the newest step. Raises DivergenceError."""
+        """Bring `running`, and Lightning's `global_step`, up to the newest step. Raises DivergenceError."""
         if not self._losses:
             return
+        self._count_steps()
         self._mean_loss = self._finite(torch.stack(self._losses)).mean()
         labels = torch.cat(self._labels)
         self.running[0] += int((torch.cat(self._answers) == labels).sum())
@@ -250,11 +250,10 @@ class Classifier(LightningModule):
             "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
         )
 
-    def _count_steps(self, steps: int) -> None:
-        """Tell Lightning of optimizer steps that went past it, so that `global_step` counts them."""
+    def _count_steps(self) -> None:
+        """Tell Lightning of the optimizer steps that went past it, so that `global_step` counts them."""
         total = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        total.ready += steps
-        total.completed += steps
+        total.ready = total.completed = self.steps
 
 
 def running_statistics(network: nn.Module) -> dict[str, Tensor]:
