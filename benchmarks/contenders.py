@@ -94,6 +94,17 @@ TOGGLED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {  # the conditi
 }
 
 
+def drawn(work: str) -> nn.Module:
+    """Its network, with initial weights of the same distribution in all contenders."""
+    network = (WORK | TOGGLED)[work][0]()
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
 @cache
 def pictures(work: str, samples: int) -> tuple[Tensor, Tensor]:
     """uint8 (N, C, H, W) and labels int64 (N,): the first VALID are the valid split."""
@@ -127,7 +138,7 @@ def hits(network: nn.Module, images: Tensor, labels: Tensor) -> int:
 def hand_written(work: str, batch: int, samples: int, epochs: int, seed: int, compiled: bool = False) -> dict[str, Any]:
     torch.manual_seed(seed)
     images, labels = floats(work, samples)
-    network = (WORK | TOGGLED)[work][0]()
+    network = drawn(work)
     run = torch.compile(network) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     if compiled:  # once, on the shapes to come
@@ -162,7 +173,8 @@ def gaplab(work: str, batch: int, samples: int, epochs: int, seed: int) -> dict[
 
     configs.register()
     words = [*WORK[work][1], f"data.batch_size={batch}", f"data.train_size={samples}", f"data.valid_size={VALID}"]
-    words += [f"trainer.max_epochs={epochs}", f"seed={seed}", "model.bn=true", "tracking=none", "figures=false"]
+    words += [f"trainer.max_epochs={epochs}", f"seed={seed}", "model.bn=true", "model.init=xavier_uniform"]
+    words += ["tracking=none", "figures=false"]
     if work == "resnet-20":
         words += ["allowed_targets=[gaplab,torch,torchvision,made]", "data._target_=made.Pictures", "data.name=made"]
         words += ["+data.train_kwargs.samples=" + str(samples + VALID), "+data.test_kwargs.samples=1000"]
@@ -195,7 +207,7 @@ def lightning(
     class Plain(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.network = WORK[work][0]()
+            self.network = drawn(work)
 
         def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
             loss = F.cross_entropy(self.network(batch[0]), batch[1])

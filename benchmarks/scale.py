@@ -114,13 +114,8 @@ def tracking(turns: int) -> dict[str, Any]:
     for _ in range(turns):
         for name, values in seen.items():
             with tempfile.TemporaryDirectory() as outputs:
-                words = (
-                    "model.bn=true",
-                    f"tracking={name}",
-                    "figures=false",
-                    "trainer.max_epochs=20",
-                    "data.train_size=55000",
-                )
+                words = ["model.bn=true", f"tracking={name}", "figures=false", "data.train_size=55000"]
+                words += ["data.batch_size=32", "trainer.max_epochs=12"]
                 events, *_ = run(Path(outputs), *words)
             values.append(median([one["time/epoch_s"] for one in epochs(events)[1:]]))
     found = ratio(seen["mlflow"], seen["none"])

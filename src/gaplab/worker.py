@@ -163,7 +163,7 @@ def _run(
             trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     finally:
         result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
-        result.steps = classifier.steps
+        result.steps = classifier.at.steps
         result.times |= {
             "steps": classifier.train_s - checkpoints.within_s,
             "evaluation": measured.eval_s,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gaplab.errors import UserError
-from gaplab.training.checkpoint import ChecksumIO, read_checkpoint
+from gaplab.training.checkpoint import ChecksumIO, let_last_be_best, read_checkpoint
 
 VALUES = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2, "name": "é"}
 
@@ -54,6 +54,18 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         ChecksumIO().save_checkpoint(VALUES | {"epoch": 3}, path)
     assert read_checkpoint(path)["epoch"] == 2
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
+
+
+def test_a_best_checkpoint_becomes_the_last_one_too(tmp_path):
+    for name, epoch in (("last", 1), ("best", 2)):
+        ChecksumIO().save_checkpoint(VALUES | {"epoch": epoch}, tmp_path / f"{name}.ckpt")
+    let_last_be_best(tmp_path)
+    found = {name: read_checkpoint(tmp_path / f"{name}.ckpt")["epoch"] for name in ("previous", "last", "best")}
+    assert found == {"previous": 1, "last": 2, "best": 2}
+    subprocess.run(["sha256sum", "--check", "--quiet", "last.ckpt.sha256"], cwd=tmp_path, check=True)
+    (tmp_path / "last.ckpt").write_bytes(b"damaged")
+    assert read_checkpoint(tmp_path / "best.ckpt")["epoch"] == 2  # a file of its own
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_only_stored_entries_are_read(tmp_path):

@@ -69,7 +69,7 @@ class ActivationsCallback(Callback):
                 names = ", ".join(f"nn.{kind.__name__}" for kind in self._kinds)
                 log.warning("activations are not logged: the network calls none of %s", names)
                 return
-            self._keep(first, pl_module.steps)
+            self._keep(first, pl_module.at.steps)
         pl_module.after_step.append(on_step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,7 +85,12 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_best():
             self._save(BEST)
-        self._save(LAST)
+            if self._ranks.rank == 0:  # who alone has written it
+                start = time.perf_counter()
+                let_last_be_best(self._folder)
+                self.save_s += time.perf_counter() - start
+        else:
+            self._save(LAST)
         if signum := self._ranks.largest(interrupt.pending() or 0):
             raise interrupt.Interrupted(signum)
 
@@ -115,28 +120,37 @@ class ChecksumIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()  # torch hides an error of the disk behind one of its own
         torch.save(checkpoint, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        partial = path.with_name(f".{path.name}")
-        try:
-            _write(partial, buffer.getbuffer())
-            if _sha256(partial) != digest:
-                raise OSError(f"{path}: the disk does not give back what was written to it")
-            if path.name == LAST and _checksum_path(path).is_file():
-                _keep(path, path.with_name(PREVIOUS))
-            _checksum_path(path).unlink(missing_ok=True)  # of the old file: a crash here leaves one without a checksum
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _write_checksum(path, digest)
-        _sync_folder(path.parent)
+        _place(path, buffer.getbuffer(), hashlib.sha256(buffer.getbuffer()).hexdigest())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path), map_location)
 
 
+def let_last_be_best(folder: Path) -> None:
+    """Write what `best.ckpt` holds as `last.ckpt` too: a file of its own, in case one of them is damaged."""
+    _place(folder / LAST, (folder / BEST).read_bytes(), _read_checksum(folder / BEST))
+
+
+def _place(path: Path, content: bytes | memoryview, digest: str) -> None:
+    """Have `content`, whose SHA-256 is `digest`, be the file at `path`."""
+    partial = path.with_name(f".{path.name}")
+    try:
+        _write(partial, content)
+        if _sha256(partial) != digest:
+            raise OSError(f"{path}: the disk does not give back what was written to it")
+        if path.name == LAST and _checksum_path(path).is_file():
+            _keep(path, path.with_name(PREVIOUS))
+        _checksum_path(path).unlink(missing_ok=True)  # of the old file: a crash here leaves one without a checksum
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _write_checksum(path, digest)
+    _sync_folder(path.parent)
+
+
 def _keep(path: Path, older: Path) -> None:
     """Let `older` be what `path` is. At every instant one of the two is whole and has its checksum."""
-    digest = _checksum_path(path).read_text().partition(" ")[0]
+    digest = _read_checksum(path)
     partial = older.with_name(f".{older.name}")
     partial.unlink(missing_ok=True)
     try:
@@ -147,6 +161,10 @@ def _keep(path: Path, older: Path) -> None:
     os.replace(partial, older)
     _write_checksum(older, digest)
     _sync_folder(path.parent)  # before `path` changes
+
+
+def _read_checksum(path: Path) -> str:
+    return _checksum_path(path).read_text().partition(" ")[0]
 
 
 def _write_checksum(path: Path, digest: str) -> None:

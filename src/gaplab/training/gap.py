@@ -152,7 +152,7 @@ class GapCallback(Callback):
             train=found.get("train"),
             valid=found["valid"],
             running_acc=hits / count,
-            lr=pl_module.lr,
+            lr=pl_module.at.lr,
             epoch_s=now - self._start[0],
             eval_s=now - evaluation,
             steps_per_s=pl_module.steps_per_epoch / (pl_module.train_s - self._start[1]),
@@ -172,7 +172,7 @@ class GapCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._start[0], self._module.train_s - self._start[1]
-        if self._module.batches == 0:  # the epoch is over
+        if self._module.at.batches == 0:  # the epoch is over
             elapsed = 0.0, 0.0
         return {"history": [asdict(epoch) for epoch in self.history], "elapsed": elapsed}
 
