@@ -8,7 +8,8 @@ evaluation of both splits (where the contender has one); `evaluation`, where it 
 the valid split at the end. What a person would do once before the epochs is not timed: reading the data, compiling, the
 first epoch where there are several.
 
-  hand-written              a PyTorch loop over float tensors in memory; evaluates both splits after each epoch
+  hand-written              a PyTorch loop over normalized float tensors in memory, Adam in its fused form; evaluates
+                            both splits after each epoch
   hand-written, compiled    the same with the network under torch.compile
   gaplab                    train.py's own job: journal, checkpoints and honest evaluation, tracking=none
   Lightning over tensors    Lightning's own loop, a training_step a mini-batch, tensors in memory
@@ -150,7 +151,7 @@ def hand_written(work: str, batch: int, samples: int, epochs: int, seed: int, co
         start = time.perf_counter()
         for part in (VALID + torch.randperm(samples)).split(batch):
             if len(part) > 1:
-                loss = F.cross_entropy(run(images[part]), labels[part])
+                loss = F.cross_entropy(run(images.index_select(0, part)), labels.index_select(0, part))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -244,7 +245,7 @@ class InMemory:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.randperm(len(self.labels)).split(self.batch):
-            yield self.images[part], self.labels[part]
+            yield self.images.index_select(0, part), self.labels.index_select(0, part)
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch)

@@ -74,7 +74,7 @@ def run(outputs: Path, *words: str) -> tuple[list[dict[str, Any]], float, float,
 
 
 def first_step(events: list[dict[str, Any]]) -> float:
-    """Unix time of a run's first optimizer step."""
+    """Unix time at which a run's first optimizer step began."""
     began = next(event["time"] for event in events if event["event"] == "run")
     values = {name: value for event in events for name, value in event.get("values", {}).items()}
     return float(began + values["time/to_first_step_s"])

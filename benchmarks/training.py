@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(processes: list[Contender], work: str, batch: int, turns: int) -> list[dict[str, object]]:
-    samples = max(SAMPLES[work], 2 * batch)
+    samples = max(SAMPLES[work], batch)
     seen: dict[str, list[dict[str, float]]] = {process.name: [] for process in processes}
     for turn in range(turns):
         for process in processes:
@@ -49,7 +49,7 @@ def measure(processes: list[Contender], work: str, batch: int, turns: int) -> li
                 process.name in SLOW and turn >= SLOW_TURNS
             ):
                 continue
-            epochs = 1 if process.name in SLOW else EPOCHS.get(work, 2)
+            epochs = 2 if process.name in SLOW else EPOCHS.get(work, 2)
             seen[process.name].append(process.ask(work=work, batch=batch, samples=samples, epochs=epochs, seed=turn))
     rows = []
     base = seen[processes[0].name]

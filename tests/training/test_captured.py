@@ -67,10 +67,27 @@ def test_outputs_are_kept_from_the_next_replay():
         static.add_(images.sum())
         return static, labels
 
-    captured_step = CapturedStep(step, optimizer, capture=lambda work: work)
+    captured_step = CapturedStep(step, optimizer, 2, capture=lambda work: work)
     found = [captured_step(torch.ones(2), torch.ones(2))[0] for _ in range(WARM_UP + 2)]
     assert float(found[-2]) == 2 * (WARM_UP + 1)
     assert float(found[-1]) == 2 * (WARM_UP + 2)
+
+
+def test_a_smaller_batch_first_as_after_a_resume_changes_nothing():
+    captures = []
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    seen = []
+
+    def step(images, labels):
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+        return images.sum(), labels
+
+    step_or_graph = CapturedStep(step, optimizer, 4, capture=lambda work: captures.append(work) or work)
+    for size in [3, *[4] * (WARM_UP + 1)]:
+        step_or_graph(torch.ones(size), torch.ones(size))
+    assert len(captures) == 1
+    assert set(seen) == {float(torch.tensor(0.1))}  # float32's 0.1, captured or not
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_without_a_gpu_it_is_refused_in_one_line():

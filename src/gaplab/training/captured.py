@@ -31,12 +31,13 @@ class CapturedStep:
 
     Results are those of `step`, but that learning rates are rounded to float32. The first steps run as they are, on a
     stream of their own, and find the memory that they keep (moments, workspaces); then comes the capture. Mini-batches
-    of another size than the first one's run as they are. What `step` reads from Python is frozen by the capture, but
+    of another size than `batch_size` run as they are. What `step` reads from Python is frozen by the capture, but
     for the learning rates.
 
     Args:
         step: forward, backward and update, without any number that Python would have to wait for.
         optimizer: the one that `step` uses; its learning rates may change between steps.
+        batch_size: samples of the mini-batches to capture.
         capture: `cuda_graph`, or what stands for it where there is no GPU.
 
     References:
@@ -44,49 +45,58 @@ class CapturedStep:
     """
 
     def __init__(
-        self, step: Step, optimizer: Optimizer, capture: Callable[[Callable[[], Outputs]], Any] = cuda_graph
+        self,
+        step: Step,
+        optimizer: Optimizer,
+        batch_size: int,
+        capture: Callable[[Callable[[], Outputs]], Any] = cuda_graph,
     ) -> None:
         self._step = step
+        self._batch_size = batch_size
         self._groups: list[dict[str, Any]] = optimizer.param_groups
         self._capture = capture
         self._replay: Callable[[], Outputs] | None = None
+        self._lrs: list[Tensor] | None = None
         self._seen = 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
+        if self._lrs is None:
+            self._lrs = [torch.tensor(float(group["lr"]), device=images.device) for group in self._groups]
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            lr.fill_(group["lr"])
+        if len(labels) != self._batch_size:
+            return self._with_lrs_in_tensors(images, labels)
         if self._seen == 0:
             self._images, self._labels = images.clone(), labels.clone()
-            self._lrs = [torch.tensor(float(group["lr"]), device=images.device) for group in self._groups]
-        if images.shape != self._images.shape:
-            return self._step(images, labels)
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._seen += 1
         if self._seen <= WARM_UP:
             return self._aside(images.device)
-        for group, lr in zip(self._groups, self._lrs, strict=True):
-            lr.fill_(group["lr"])
         if self._replay is None:
             torch.clear_autocast_cache()  # what is in there would be frozen
-            self._replay = self._capture(self._with_lrs_in_tensors)
+            self._replay = self._capture(lambda: self._with_lrs_in_tensors(self._images, self._labels))
         first, second = self._replay()
         return first.clone(), second.clone()
 
     def _aside(self, device: torch.device) -> Outputs:
         if device.type != "cuda":
-            return self._step(self._images, self._labels)
+            return self._with_lrs_in_tensors(self._images, self._labels)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            outputs = self._step(self._images, self._labels)
+            outputs = self._with_lrs_in_tensors(self._images, self._labels)
         torch.cuda.current_stream(device).wait_stream(stream)
         return outputs
 
-    def _with_lrs_in_tensors(self) -> Outputs:
+    def _with_lrs_in_tensors(self, images: Tensor, labels: Tensor) -> Outputs:
+        """In steps that are not captured, too: a run that goes on has other ones of these, and the same numbers."""
+        assert self._lrs is not None
         numbers = [group["lr"] for group in self._groups]
         try:
             for group, lr in zip(self._groups, self._lrs, strict=True):
                 group["lr"] = lr
-            return self._step(self._images, self._labels)
+            return self._step(images, labels)
         finally:
             for group, number in zip(self._groups, numbers, strict=True):
                 group["lr"] = number

@@ -46,7 +46,7 @@ class Classifier(LightningModule):
         batches_per_epoch: mini-batches in an epoch.
         accumulate: mini-batches whose mean gradient makes one optimizer step; the last step of an epoch may have fewer.
         clip: largest L2 norm of the gradient, or None.
-        batch_size, samples_per_epoch: of all `ranks` together; needed where there are several.
+        batch_size, samples_per_epoch: of all `ranks` together; needed where there are several, and by `compile`.
         ranks: the processes that train together, each with its part of every mini-batch.
         compile: run an optimizer step as a CUDA graph; without `accumulate`, on one device.
 
@@ -141,7 +141,7 @@ class Classifier(LightningModule):
         assert not isinstance(scheduler, list)
         autocast = torch.is_autocast_enabled(self.device.type)
         if self._compile and self._captured is None:
-            self._captured = CapturedStep(self._whole_step, optimizer)
+            self._captured = CapturedStep(self._whole_step, optimizer, min(self._batch_size, self._samples_per_epoch))
         at, learn = self.at, self._captured or self._learn
         for images, labels in chunk:
             loss, answers = learn(images, labels)
