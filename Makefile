@@ -74,6 +74,7 @@ ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this mach
 bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; an hour on an idle machine
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/where.py
 	@$(BIN)/python benchmarks/scale.py
 	@$(BIN)/python benchmarks/sweeps.py
 	@$(BIN)/python benchmarks/page.py

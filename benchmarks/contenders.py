@@ -5,7 +5,8 @@
 A line of JSON on standard input asks for epochs (`work`, `batch`, `samples`, `epochs`, `seed`); a line of JSON answers:
 `train`, the seconds of each epoch's optimizer steps; `whole`, those from one epoch's end to the next one's, with the
 evaluation of both splits (where the contender has one); `evaluation`, where it says how long that took; `accuracy`, of
-the valid split at the end. What a person would do once before the epochs is not timed: reading the data, compiling, the
+the valid split at the end. gaplab tells how much of `train` is Lightning's loop, and what `checkpoints` take, too.
+What a person would do once before the epochs is not timed: reading the data, compiling, the
 first epoch where there are several.
 
   hand-written              a PyTorch loop over normalized float tensors in memory, Adam in its fused form; evaluates
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 VALID = 1000
-TIMES = ("train", "whole", "evaluation")
+TIMES = ("train", "whole", "evaluation", "loop", "checkpoints")
 EVAL_BATCH = 512
 
 
@@ -190,6 +191,10 @@ def gaplab(work: str, batch: int, samples: int, epochs: int, seed: int) -> dict[
         "train": [one["time/epoch_s"] - one["time/eval_s"] for one in values],
         "whole": differences([event["time"] for event in epochs_seen]),
         "evaluation": [one["time/eval_s"] for one in values],
+        "loop": [
+            one["time/epoch_s"] - one["time/eval_s"] - result.steps / epochs / one["time/steps_per_s"] for one in values
+        ],
+        "checkpoints": [result.times["checkpoints"] / epochs],
         "accuracy": result.valid_acc,
     }
 

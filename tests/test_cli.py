@@ -137,3 +137,9 @@ def test_leaving_early_calls_whom_python_calls_at_exit_and_keeps_the_status():
     done = subprocess.run([sys.executable, "-c", code], cwd=configs.PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.split() == ["pools", "threads", "handlers"]
+
+
+def test_a_closed_standard_output_is_no_traceback():
+    script = configs.PROJECT / "src" / "train.py"
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' '{script}' --help >&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

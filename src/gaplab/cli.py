@@ -109,8 +109,9 @@ def _skip_teardown() -> None:
     logging.shutdown()
     status = _status
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before the start
+                stream.flush()
     except OSError:  # nobody reads any more
         status = status or 120
     os._exit(status)

@@ -71,6 +71,15 @@ def test_a_key_that_another_optimizer_would_ignore_is_refused_when_it_is_set():
         build_optimizer(build("mlp"), composed("optimizer=sgd", target, "optimizer.momentum=0.5").optimizer, ALLOWED)
 
 
+def test_an_optimizer_that_no_graph_can_hold_is_refused():
+    for name in ("Adam", "SGD"):
+        config = composed(f"optimizer._target_=torch.optim.{name}").optimizer
+        assert build_optimizer(build("mlp"), config, ALLOWED, captured=True)
+    config = composed("optimizer=sgd", "optimizer._target_=torch.optim.Adagrad").optimizer
+    with pytest.raises(UserError, match=r"trainer\.compile=true: torch\.optim\.Adagrad is not made for CUDA graphs"):
+        build_optimizer(build("mlp"), config, ALLOWED, captured=True)
+
+
 def test_one_cycle_leaves_the_momentum_alone():
     config = composed("optimizer=sgd", "optimizer.momentum=0.3", "scheduler=one_cycle")
     optimizer = build_optimizer(build("mlp"), config.optimizer, ALLOWED)

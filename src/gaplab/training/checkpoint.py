@@ -46,7 +46,7 @@ class Checkpoints(Checkpoint):
 
     Attributes:
         earlier_s: seconds that an earlier process spent in training and measuring, up to the checkpoint gone on from.
-        save_s: seconds that this process spent in saving; `within_s` of them within epochs.
+        save_s: seconds that this process spent in saving; `within_s` of them within training steps.
     """
 
     def __init__(self, folder: Path, every_s: float, is_best: Callable[[], bool], ranks: Ranks = ALONE) -> None:
@@ -61,9 +61,17 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Classifier)
         interrupt.reclaim()  # Lightning stops between two of its batches, without a checkpoint
         self._trainer, self._classifier = trainer, pl_module
-        several = self._ranks.size > 1
         self._start = self._saved = time.perf_counter()
-        pl_module.after_step.append(lambda steps: None if several and steps % AGREE_EVERY else self.pause())
+        pl_module.after_step.append(self._after_step)
+
+    def _after_step(self, steps: int) -> None:
+        if self._ranks.size > 1 and steps % AGREE_EVERY:
+            return
+        before = self.save_s
+        try:
+            self.pause()
+        finally:
+            self.within_s += self.save_s - before
 
     def pause(self) -> None:
         """Save if it is time, or if a signal waits; then raise Interrupted. To be called where training may be left:
@@ -71,7 +79,7 @@ class Checkpoints(Checkpoint):
         signum, due = divmod(self._ranks.largest(2 * (interrupt.pending() or 0) + self._is_due()), 2)
         if signum or due:
             self._classifier.count_up()
-            self.within_s += self._save(LAST)
+            self._save(LAST)
         if signum:
             raise interrupt.Interrupted(signum)
 
@@ -103,13 +111,11 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier_s = state_dict["seconds"]
 
-    def _save(self, name: str) -> float:
-        """The seconds that it took."""
+    def _save(self, name: str) -> None:
         start = time.perf_counter()
         self._trainer.save_checkpoint(self._folder / name)
         self._saved = time.perf_counter()
         self.save_s += self._saved - start
-        return self._saved - start
 
 
 class ChecksumIO(TorchCheckpointIO):

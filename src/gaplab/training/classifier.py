@@ -143,25 +143,27 @@ class Classifier(LightningModule):
         if self._compile and self._captured is None:
             self._captured = CapturedStep(self._whole_step, optimizer, min(self._batch_size, self._samples_per_epoch))
         at, learn = self.at, self._captured or self._learn
-        for images, labels in chunk:
-            loss, answers = learn(images, labels)
-            at.batches += 1
-            self._losses.append(loss)
-            self._answers.append(answers)
-            self._labels.append(labels)
-            if at.batches % self._accumulate == 0 or at.batches == self._batches_per_epoch:
-                if self._captured is None:
-                    self._update(optimizer)
-                at.lr = optimizer.param_groups[0]["lr"]
-                if scheduler is not None:
-                    scheduler.step()
-                at.steps += 1
-                if autocast:  # it would go on with copies of the weights made before this step
-                    torch.clear_autocast_cache()
-                for call in self.after_step:
-                    call(at.steps)
-        self.count_up()
-        self.train_s += time.perf_counter() - start
+        try:
+            for images, labels in chunk:
+                loss, answers = learn(images, labels)
+                at.batches += 1
+                self._losses.append(loss)
+                self._answers.append(answers)
+                self._labels.append(labels)
+                if at.batches % self._accumulate == 0 or at.batches == self._batches_per_epoch:
+                    if self._captured is None:
+                        self._update(optimizer)
+                    at.lr = optimizer.param_groups[0]["lr"]
+                    if scheduler is not None:
+                        scheduler.step()
+                    at.steps += 1
+                    if autocast:  # it would go on with copies of the weights made before this step
+                        torch.clear_autocast_cache()
+                    for call in self.after_step:
+                        call(at.steps)
+            self.count_up()
+        finally:
+            self.train_s += time.perf_counter() - start
         return self._mean_loss
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import SGD, Optimizer, lr_scheduler
 
 from gaplab import config
 from gaplab.errors import UserError
@@ -36,9 +36,11 @@ def build_optimizer(
     for item in fields(settings):  # a key that is left at its default may be unknown to an optimizer of another kind
         if item.name in offered.keys() - taken.keys() and getattr(settings, item.name) != _default(item):
             raise UserError(f"optimizer.{item.name}: {settings._target_} takes no such argument")
+    forms = accepted(optimizer_class, {"fused": True} | ({"capturable": True} if captured else {}))
+    if captured and "capturable" not in forms and not issubclass(optimizer_class, SGD):  # it may count in Python
+        raise UserError(f"trainer.compile=true: {settings._target_} is not made for CUDA graphs (no `capturable`)")
     try:
-        forms = {"fused": True} | ({"capturable": True} if captured else {})
-        return optimizer_class(groups, **taken, **accepted(optimizer_class, forms))
+        return optimizer_class(groups, **taken, **forms)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
 
