@@ -71,7 +71,7 @@ ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this mach
 	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
 		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
 
-bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; an hour on an idle machine
+bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; 40 minutes on an idle machine
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/training.py
 	@$(BIN)/python benchmarks/where.py

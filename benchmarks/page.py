@@ -54,13 +54,12 @@ def training_targets(seen: dict[str, Any]) -> Iterator[Target]:
     where = {(row["work"], row["batch"]): row for row in seen["where"]["figures"]["rows"]}
     for (work, batch), row in ours.items():
         name, parts, other = f"{work}, batch {batch}", where[work, batch], bare[work, batch]
-        step_ms = 1e3 * (median(row["train"]) - median(other["train"]))
+        step_ms = 1e3 * median([mine - its for mine, its in zip(row["train"], other["train"], strict=True)])
         evaluation_ms = 1e3 * (median(other["whole"]) - median(other["train"]))
         steps = (
             f"steps {step_ms:+.0f} ms an epoch of {-(-row['samples'] // batch)}: normalizing uint8 pictures, which the "
             f"hand-written loop has as normalized floats, takes {1e3 * parts['normalizing']:.0f} ms, Lightning's loop "
-            f"{1e3 * parts['loop']:.0f} ms, and the rest is modules within modules, counting the answers and looking "
-            "after each step whether to stop or save"
+            f"{1e3 * parts['loop']:.0f} ms; the rest is not explained yet, and differs from process to process"
         )
         yield Target(f"{name}: training, to hand-written", row["train_ratio"], 1.05, True, steps)
         yield Target(
@@ -131,8 +130,8 @@ def other_targets(seen: dict[str, Any]) -> Iterator[Target]:
     yield Target(
         f"sweep of 72 runs of {sweep['epochs']} epochs, to bare training on {sweep['cores']} cores",
         sweep["ratio"], 1.15, True,
-        "the start of the command and its two workers, each run's folder, journal, checkpoints, test split and the process "
-        "that sends them to MLflow: in all "
+        "the start of the command and its two workers, each run's folder, journal, checkpoints, test split and the "
+        "process that sends them to MLflow: in all "
         f"{(sweep['sweep'] * sweep['cores'] - sum(sweep['bare'])) / 72:.1f} s of a core for a run",
     )  # fmt: skip
 
