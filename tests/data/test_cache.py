@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -321,6 +322,27 @@ def test_the_entries_used_last_are_kept(tmp_path):
     assert fresh == []
     ask(1)
     assert fresh == [1]
+
+
+def test_folders_that_others_are_writing_do_not_push_an_entry_out(entry, tmp_path):
+    folder, ask = entry
+    for number in range(2 * KEPT):
+        (tmp_path / "cache" / f"{folder.name}-{number:032x}").mkdir()
+    os.utime(folder, (1, 1))
+    cached(tmp_path / "cache", ["another"], tmp_path, lambda: [tmp_path / "file"], made)
+    assert not ask()
+    assert len(entries(tmp_path / "cache")) == 2 * KEPT + 2
+
+
+def test_what_a_killed_writer_left_is_dropped_after_a_day(entry, tmp_path):
+    folder, ask = entry
+    left = tmp_path / "cache" / f"{folder.name}-{0:032x}"
+    left.mkdir()
+    for hours, there in ((23, True), (25, False)):
+        os.utime(left, (time.time() - hours * 3600,) * 2)
+        cached(tmp_path / "cache", [hours], tmp_path, lambda: [tmp_path / "file"], made)
+        assert left.exists() == there
+    assert not ask()
 
 
 def test_what_is_written_to_the_pixels_stays_in_memory(entry, tmp_path):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from gaplab.files import locked, plain, read_json
 
 FORMAT = 1  # another one when what is kept changes, or how gaplab decodes
 KEPT = 5  # entries
+NAME = "[0-9a-f]" * 16  # of an entry
+ABANDONED = 24 * 3600  # seconds since anything was written to a folder that is not complete
 Loaded = tuple[list[Source], dict[str, list[str]]]  # and names that go with the sources, "classes" among them
 
 log = logging.getLogger(__name__)
@@ -142,8 +145,11 @@ def _write(entry: Path, sources: list[Source], names: dict[str, list[str]]) -> N
 
 
 def _drop_oldest(cache: Path) -> None:
-    """Whoever has mapped an entry keeps it. What writers left that were killed grows old, too."""
-    entries = [path for path in cache.glob("[0-9a-f]" * 16 + "*") if path.is_dir()]
+    """Whoever has mapped an entry keeps it. What a writer left half done goes once it is too old to be at work."""
+    entries = [path for path in cache.glob(NAME) if path.is_dir()]
     for old in sorted(entries, key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
         old.with_suffix(".lock").unlink(missing_ok=True)
+    for partial in cache.glob(f"{NAME}-*"):
+        if partial.stat().st_mtime < time.time() - ABANDONED:
+            shutil.rmtree(partial, ignore_errors=True)
