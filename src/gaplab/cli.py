@@ -14,7 +14,17 @@ from functools import wraps
 from typing import Any, NoReturn
 
 from gaplab import interrupt
-from gaplab.config import PROJECT, describe, did_you_mean, from_hydra, report_from_hydra, sync_from_hydra
+from gaplab.config import (
+    PROJECT,
+    describe,
+    did_you_mean,
+    evaluate_from_hydra,
+    from_hydra,
+    predict_from_hydra,
+    promote_from_hydra,
+    report_from_hydra,
+    sync_from_hydra,
+)
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain
 from gaplab.foreign import check_words
@@ -48,6 +58,42 @@ gaplab: what a sweep says, as tables, figures, verdicts and one HTML page.
   python src/report.py sweep=<folder>                      another one; a list for several: 'sweep=[<a>,<b>]'
   python src/report.py sweep=<run id>                      one in MLflow, by the id of its run
   python src/report.py 'runs=[<folder>,<run id>]'          a hand-picked set of runs
+
+Change any key with key=value:
+
+{keys}"""
+EVALUATE_HELP = """\
+gaplab: evaluate a trained network on every sample of a split, with intervals, recall and calibration.
+
+  python src/evaluate.py run=latest                        the newest run on its test split
+  python src/evaluate.py run=<folder> split=valid          another run, another split
+  python src/evaluate.py run=latest data=fashion_mnist     other data of the same shape
+  python src/evaluate.py run=<a> against=<b>               two runs on the same samples: McNemar's test
+  python src/evaluate.py model=models:/gaplab@champion     a model of the registry
+
+Change any key with key=value:
+
+{keys}"""
+PREDICT_HELP = """\
+gaplab: say what is on pictures.
+
+  python src/predict.py run=latest images=photo.png                  the three most probable classes
+  python src/predict.py run=latest images=<folder>                   every picture in a folder
+  python src/predict.py run=latest 'images=photos/*.png' format=csv  a pattern; a line for each, for other programs
+  ls photos/*.png | python src/predict.py run=latest images=-        names on stdin
+  python src/predict.py model=models:/gaplab@champion images=photo.png
+
+Change any key with key=value:
+
+{keys}"""
+PROMOTE_HELP = """\
+gaplab: the versions of the model in MLflow's registry, and which of them is champion.
+
+  python src/promote.py                                    list the versions
+  python src/promote.py run=latest                         register a run's model; champion if it passes the gate
+  python src/promote.py version=3                          judge a version once more
+  python src/promote.py version=3 force=true               make it champion whatever the gate says
+  python src/promote.py rollback=true                      the champion before this one is champion again
 
 Change any key with key=value:
 
@@ -133,6 +179,21 @@ def report_help(overrides: list[str]) -> str:
 def sync_help(overrides: list[str]) -> str:
     """What can be typed, as in `train_help`."""
     return SYNC_HELP.format(keys=_keys_of(sync_from_hydra(_compose("sync", overrides))))
+
+
+def evaluate_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return EVALUATE_HELP.format(keys=_keys_of(evaluate_from_hydra(_compose("evaluate", overrides), overrides)))
+
+
+def predict_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return PREDICT_HELP.format(keys=_keys_of(predict_from_hydra(_compose("predict", overrides), overrides)))
+
+
+def promote_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return PROMOTE_HELP.format(keys=_keys_of(promote_from_hydra(_compose("promote", overrides), overrides)))
 
 
 def _compose(name: str, overrides: list[str]) -> Any:

@@ -270,6 +270,32 @@ class MLflow(Tracking):
     )
     experiment: str = key("gaplab", "MLflow experiment.")
     tags: dict[str, str] = key({}, "Further tags of the run.")
+    log_model: bool | None = key(
+        None, "Log the best epoch's network as an MLflow model; null: of single runs, not of the jobs of a sweep."
+    )
+    register: bool = key(
+        False, "Make the model a version in MLflow's registry, and its champion if it passes the gate; single runs."
+    )
+    registered_model: str = key("gaplab", "Name of the model in the registry.")
+
+
+@dataclass
+class Gate:
+    """What a model must show, beside the champion on the same samples, to become champion itself."""
+
+    split: str = key("test", "Samples to compare them on, of the candidate's data.", ("valid", "test"))
+    max_acc_loss: float = key(
+        0.005,
+        "Largest loss of accuracy that counts as none: the lower end of the paired difference's 95 % interval must be "
+        "above minus this.",
+        Range(0, 1),
+    )
+    max_gap_increase: float = key(
+        0.01,
+        "Largest increase of the gap that counts as none: the upper end of the difference's 95 % interval must be "
+        "below this.",
+        Range(0, 1),
+    )
 
 
 @dataclass
@@ -322,6 +348,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    gate: Gate = field(default_factory=Gate)
     sweep: Sweep = field(default_factory=Sweep)
     paths: Paths = field(default_factory=Paths)
     seed: int = key(
@@ -354,6 +381,65 @@ class Report:
 
 
 @dataclass
+class Evaluate:
+    """What `src/evaluate.py` evaluates, and on what."""
+
+    run: str | None = key(
+        None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
+    )
+    model: str | None = key(None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>.")
+    against: str | None = key(None, "Another run or model, to be compared on the same samples.")
+    split: str = key(
+        "test", "Samples to evaluate on; of data without a test part, test is an error.", ("train", "valid", "test")
+    )
+    data: Any = key(None, "Other data than those of the run: data=<choice> and its keys.")
+    output: str | None = key(None, "Folder for the evaluation; null for one in the run's.")
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+    allowed_targets: list[str] = key(
+        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
+    )
+
+
+@dataclass
+class Predict:
+    """What `src/predict.py` names, and how it says it."""
+
+    run: str | None = key(
+        None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
+    )
+    model: str | None = key(None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>.")
+    images: Any = key(None, "Pictures: a file, a folder, a pattern like photos/*.png, a list of these, or - for stdin.")
+    top_k: int = key(3, "Most probable classes to name.", POSITIVE)
+    format: str = key("table", "How to say it.", ("table", "json", "csv"))
+    output: str | None = key(None, "File to write to; null for stdout.")
+    batch_size: int = key(256, "Pictures at once; no effect on the result.", POSITIVE)
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+    allowed_targets: list[str] = key(
+        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
+    )
+
+
+@dataclass
+class Promote:
+    """What `src/promote.py` does to the registry."""
+
+    run: str | None = key(
+        None, "A run whose model to register and judge: latest, a folder, its name, or its id in MLflow."
+    )
+    version: int | None = key(None, "A version in the registry to judge once more.", POSITIVE)
+    force: bool = key(False, "Make it champion whatever the gate says.")
+    rollback: bool = key(False, "Give the title back to the champion before this one.")
+    gate: Gate = field(default_factory=Gate)
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+    allowed_targets: list[str] = key(
+        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
+    )
+
+
+@dataclass
 class Sync:
     """What `src/sync.py` sends to MLflow."""
 
@@ -383,6 +469,9 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(name="report_schema", node=Report)
     store.store(name="sync_schema", node=Sync)
+    store.store(name="evaluate_schema", node=Evaluate)
+    store.store(name="predict_schema", node=Predict)
+    store.store(name="promote_schema", node=Promote)
     for classes in SCHEMAS.values():
         for schema in classes:
             store.store(group="schema", name=schema.__name__, node=schema)
@@ -420,6 +509,51 @@ def sync_from_hydra(cfg: Any) -> Sync:
     return config
 
 
+def evaluate_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Evaluate:
+    """The typed, checked config of an evaluation; `typed` as in `from_hydra`. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Evaluate)
+    _check_command(config, typed)
+    if config.data is not None:
+        folder("data.root", config.data.root)
+        if isinstance(config.data, TorchvisionData):
+            check_target(config.data._target_, config.allowed_targets, "data._target_")
+    return config
+
+
+def predict_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Predict:
+    """The typed, checked config of predictions; `typed` as in `from_hydra`. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Predict)
+    _check_command(config, typed)
+    return config
+
+
+def promote_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Promote:
+    """The typed, checked config of a promotion; `typed` as in `from_hydra`. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Promote)
+    _check_command(config, typed)
+    if not isinstance(config.tracking, MLflow):
+        raise UserError("tracking=none: the registry is in MLflow")
+    said = [name for name in ("run", "version", "rollback") if getattr(config, name)]
+    if len(said) > 1:
+        raise UserError(f"{said[0]} and {said[1]}: one at a time")
+    if config.force and not said:
+        raise UserError("force=true: say whose, with run=… or version=…")
+    return config
+
+
+def _check_command(config: Any, typed: Iterable[str]) -> None:
+    check_trust(config, typed)
+    _check_ranges(config)
+    _check_texts(config)
+    folder("paths.outputs", config.paths.outputs)
+    _check_uri(config.tracking)
+    if getattr(config, "run", None) is not None and getattr(config, "model", None) is not None:
+        raise UserError("run and model: one of them")
+
+
 def listed(value: Any) -> list[str]:
     """One or several, as typed."""
     return [str(one) for one in value] if isinstance(value, list) else [str(value)] if value is not None else []
@@ -446,7 +580,7 @@ def _to_object(cfg: Any) -> Any:
     return config
 
 
-def check_trust(config: Config, typed: Iterable[str]) -> None:
+def check_trust(config: Config | Evaluate | Predict | Promote, typed: Iterable[str]) -> None:
     """Raises UserError unless a person typed the packages that `config` allows beyond the usual ones."""
     if config.allowed_targets != Config().allowed_targets and not any(
         one.startswith("allowed_targets=") for one in typed
@@ -540,7 +674,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 def decides(name: str) -> bool:
     """Whether a key decides the numbers: not where things lie, nor how the run is called, drawn or tracked."""
-    where = ("tracking.", "metrics.", "checkpoint.", "sweep.", "paths.", "data.root", "allowed_targets")
+    where = ("tracking.", "metrics.", "checkpoint.", "gate.", "sweep.", "paths.", "data.root", "allowed_targets")
     machines = ("node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
     others = ("name", "figures", "resume", "trainer.profile", *(f"trainer.{one}" for one in machines))
     return not name.startswith(where) and name not in others
@@ -672,14 +806,21 @@ def check(config: Config) -> None:
     _check_devices(trainer, data, model.bn)
     if trainer.compile:
         _check_compile(trainer)
-    if isinstance(config.tracking, MLflow):
-        scheme = config.tracking.uri.partition("://")[0].partition("+")[0]
-        known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
-        if scheme not in known or "://" not in config.tracking.uri:
-            begins = ", ".join(f"{one}://" for one in known)
-            raise UserError(f"tracking.uri={masked(config.tracking.uri)}: must begin with one of {begins}")
+    _check_uri(config.tracking)
     if not config.allowed_targets:
         raise UserError("allowed_targets=[]: nothing could be built")
+
+
+def _check_uri(tracking: Tracking) -> None:
+    if not isinstance(tracking, MLflow):
+        return
+    scheme = tracking.uri.partition("://")[0].partition("+")[0]
+    known = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+    if scheme not in known or "://" not in tracking.uri:
+        begins = ", ".join(f"{one}://" for one in known)
+        raise UserError(f"tracking.uri={masked(tracking.uri)}: must begin with one of {begins}")
+    if not re.fullmatch(r"[^/:@\s][^/:@\n]*", tracking.registered_model):
+        raise UserError(f"tracking.registered_model={tracking.registered_model}: a name without / : and @")
 
 
 def _check_compile(trainer: Trainer) -> None:
