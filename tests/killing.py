@@ -14,7 +14,7 @@ import torch
 
 from gaplab import config, launch
 from gaplab.tracking.journal import read_journal
-from gaplab.training import checkpoint
+from gaplab.training import checkpoint, reader
 
 NOT_NUMBERS = {"run_id", "fit_s", "total_s", "steps_per_s", "times"}
 STAGES = ("_write", "os.fsync", "os.replace", "os.link", "_write_checksum", "_sync_folder")
@@ -101,7 +101,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     """What a run came to otherwise than the undisturbed one: weights, optimizer, generators, metrics, result."""
     found = []
     for name in ("last", "best"):
-        one, other = (checkpoint.read_checkpoint(path / "checkpoints" / f"{name}.ckpt") for path in (folder, reference))
+        one, other = (reader.read_checkpoint(path / "checkpoints" / f"{name}.ckpt") for path in (folder, reference))
         parts = ("state_dict", "optimizer_states", "lr_schedulers", "progress", "ranks")
         found += [f"{name}.ckpt {part}" for part in parts if not same_values(one[part], other[part])]
     one, other = (

@@ -19,7 +19,7 @@ from gaplab import config as configs
 from gaplab import launch, worker
 from gaplab.data.datamodule import DataModule, build_datamodule
 from gaplab.ranks import Ranks
-from gaplab.training.checkpoint import read_checkpoint
+from gaplab.training.reader import read_checkpoint
 from gaplab.training.optim import build_optimizer
 
 # 1 007 samples are 15 batches of 64 and one of 47, which neither 2 nor 4 divide

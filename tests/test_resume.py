@@ -19,7 +19,8 @@ from gaplab.data.datamodule import DataModule
 from gaplab.errors import UserError
 from gaplab.files import held
 from gaplab.tracking.journal import read_journal
-from gaplab.training.checkpoint import newest_checkpoint, read_checkpoint
+from gaplab.training.checkpoint import newest_checkpoint
+from gaplab.training.reader import read_checkpoint
 from gaplab.training.classifier import Classifier
 
 RUN = [

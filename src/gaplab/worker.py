@@ -36,10 +36,11 @@ from gaplab.result import RESULT_NAMES, RunResult
 from gaplab.seeding import derive_seed
 from gaplab.tracking.journal import Tracker
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
-from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint, read_checkpoint
+from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint
 from gaplab.training.classifier import Batch, Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict, score
 from gaplab.training.progress import ProgressBar
+from gaplab.training.reader import read_checkpoint
 
 THREADS_PER_CORE = 8  # more wait for each other: at 500, a step of a small network takes minutes
 LSUV_SAMPLES = 1024

@@ -40,7 +40,7 @@ from gaplab.data.pictures import PictureFiles, find_pictures, load_pictures
 from gaplab.errors import UserError
 from gaplab.foreign import check_words
 from gaplab.targets import load_class
-from gaplab.training.checkpoint import read_checkpoint
+from gaplab.training.reader import read_checkpoint
 
 Act = Callable[[], Any]
 CASES: dict[str, tuple[Callable[[Path, Path], Act], str]] = {}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gaplab.errors import UserError
-from gaplab.training.checkpoint import ChecksumIO, let_last_be_best, read_checkpoint
+from gaplab.training.checkpoint import ChecksumIO, let_last_be_best
+from gaplab.training.reader import read_checkpoint
 
 VALUES = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2, "name": "é"}
 

@@ -8,10 +8,8 @@ renamed just before a crash. What `last.ckpt` held before is `previous.ckpt`.
 import hashlib
 import io
 import os
-import pickle
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +21,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from gaplab import interrupt
 from gaplab.errors import UserError
-from gaplab.files import plain, read_bytes
 from gaplab.ranks import ALONE, Ranks
 from gaplab.training.classifier import Classifier
+from gaplab.training.reader import checksum_path, read_checkpoint, sha256
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -142,11 +140,11 @@ def _place(path: Path, content: bytes | memoryview, digest: str) -> None:
     partial = path.with_name(f".{path.name}")
     try:
         _write(partial, content)
-        if _sha256(partial) != digest:
+        if sha256(partial) != digest:
             raise OSError(f"{path}: the disk does not give back what was written to it")
-        if path.name == LAST and _checksum_path(path).is_file():
+        if path.name == LAST and checksum_path(path).is_file():
             _keep(path, path.with_name(PREVIOUS))
-        _checksum_path(path).unlink(missing_ok=True)  # of the old file: a crash here leaves one without a checksum
+        checksum_path(path).unlink(missing_ok=True)  # of the old file: a crash here leaves one without a checksum
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -163,21 +161,21 @@ def _keep(path: Path, older: Path) -> None:
         os.link(path, partial)
     except OSError:  # a file system without links
         shutil.copyfile(path, partial)
-    _checksum_path(older).unlink(missing_ok=True)
+    checksum_path(older).unlink(missing_ok=True)
     os.replace(partial, older)
     _write_checksum(older, digest)
     _sync_folder(path.parent)  # before `path` changes
 
 
 def _read_checksum(path: Path) -> str:
-    return _checksum_path(path).read_text().partition(" ")[0]
+    return checksum_path(path).read_text().partition(" ")[0]
 
 
 def _write_checksum(path: Path, digest: str) -> None:
     partial = path.with_name(f".{path.name}.sha256")
     try:
         _write(partial, f"{digest}  {path.name}\n".encode())
-        os.replace(partial, _checksum_path(path))
+        os.replace(partial, checksum_path(path))
     finally:
         partial.unlink(missing_ok=True)
 
@@ -218,63 +216,3 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, wrong
     return None, wrong
-
-
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint's plain values and tensors; nothing in it is executed, or grows beyond the file.
-
-    The one function that reads checkpoints. Raises UserError when it is damaged or holds anything else.
-    """
-    try:
-        _check_checksum(path)
-        _check_archive(path)
-        found = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{plain(path)}: holds more than plain values and tensors; it is not read") from None
-    except UserError:
-        raise
-    except Exception as error:  # of a file that is made to break its reader, it may be any; MemoryError, too
-        reason = plain(f"{type(error).__name__}: {error}".partition("\n")[0])
-        raise UserError(f"{plain(path)}: cannot be read ({reason[:200]})") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{plain(path)}: not a checkpoint, it holds no named values")
-    state = found.get("state_dict", {})
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{plain(path)}: not a checkpoint, its state_dict holds no named values")
-    return found
-
-
-def _check_checksum(path: Path) -> None:
-    for one in (path, _checksum_path(path)):
-        if one.is_symlink():
-            raise UserError(f"{plain(one)}: a link, to {plain(os.path.realpath(one))}; give the file itself")
-    if not path.is_file():  # a pipe would keep us waiting
-        raise UserError(f"{plain(path)}: {'not a file' if path.exists() else 'no such file'}")
-    checksum = _checksum_path(path)
-    if checksum.exists() and read_bytes(checksum, 4096).split()[:1] != [_sha256(path).encode()]:
-        raise UserError(f"{plain(path)}: damaged, it does not have the checksum in {plain(checksum.name)}")
-
-
-def _check_archive(path: Path) -> None:
-    """torch writes zip archives whose entries are stored as they are: what is compressed may unpack to any size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except zipfile.BadZipFile:
-        raise UserError(f"{plain(path)}: not a checkpoint, or cut off (no zip archive)") from None
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
-        raise UserError(f"{plain(path)}: has compressed entries, which torch never writes; it is not read")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(f"{plain(path)}: its entries overlap; it is not read")
-    for entry in entries:
-        if entry.filename.startswith("/") or ".." in entry.filename.replace("\\", "/").split("/"):
-            raise UserError(f"{plain(path)}: the entry {plain(entry.filename)} leads out of it; it is not read")
-
-
-def _checksum_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
