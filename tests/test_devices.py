@@ -19,8 +19,8 @@ from gaplab import config as configs
 from gaplab import launch, worker
 from gaplab.data.datamodule import DataModule, build_datamodule
 from gaplab.ranks import Ranks
-from gaplab.training.reader import read_checkpoint
 from gaplab.training.optim import build_optimizer
+from gaplab.training.reader import read_checkpoint
 
 # 1 007 samples are 15 batches of 64 and one of 47, which neither 2 nor 4 divide
 ODD = [*SMALL, "data.train_size=1007", "data.valid_size=499", "data.batch_size=64", "trainer.threads=1"]

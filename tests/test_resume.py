@@ -20,8 +20,8 @@ from gaplab.errors import UserError
 from gaplab.files import held
 from gaplab.tracking.journal import read_journal
 from gaplab.training.checkpoint import newest_checkpoint
-from gaplab.training.reader import read_checkpoint
 from gaplab.training.classifier import Classifier
+from gaplab.training.reader import read_checkpoint
 
 RUN = [
     *SMALL, "model.bn=true", "model.dropout=0.3", "data.augment=crop_flip", "data.batch_size=40", "scheduler=one_cycle",

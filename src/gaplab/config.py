@@ -61,6 +61,7 @@ RESNETS = (
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
+USUAL_TARGETS = ("gaplab", "torch", "torchvision", "lightning")  # packages that a config may name without more
 PROCESSES_PER_CORE = 4  # more only wait for each other
 POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
 SCALE = Range(0, 1e38, "(]")  # what float32 can hold
@@ -357,9 +358,7 @@ class Config:
     name: str | None = key(None, "Name of the run; null to say what it is.")
     resume: str | None = key(None, "Folder of a run to go on with exactly where it was, or latest.")
     figures: bool = key(True, "Draw the run's figures; a sweep of short runs is faster without.")
-    allowed_targets: list[str] = key(
-        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
-    )
+    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass
@@ -396,9 +395,7 @@ class Evaluate:
     output: str | None = key(None, "Folder for the evaluation; null for one in the run's.")
     tracking: Tracking = field(default_factory=Tracking)
     paths: Paths = field(default_factory=Paths)
-    allowed_targets: list[str] = key(
-        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
-    )
+    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass
@@ -416,9 +413,7 @@ class Predict:
     batch_size: int = key(256, "Pictures at once; no effect on the result.", POSITIVE)
     tracking: Tracking = field(default_factory=Tracking)
     paths: Paths = field(default_factory=Paths)
-    allowed_targets: list[str] = key(
-        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
-    )
+    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass
@@ -434,9 +429,7 @@ class Promote:
     gate: Gate = field(default_factory=Gate)
     tracking: Tracking = field(default_factory=Tracking)
     paths: Paths = field(default_factory=Paths)
-    allowed_targets: list[str] = key(
-        ["gaplab", "torch", "torchvision", "lightning"], "Packages that _target_ may name."
-    )
+    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass
@@ -582,9 +575,7 @@ def _to_object(cfg: Any) -> Any:
 
 def check_trust(config: Config | Evaluate | Predict | Promote, typed: Iterable[str]) -> None:
     """Raises UserError unless a person typed the packages that `config` allows beyond the usual ones."""
-    if config.allowed_targets != Config().allowed_targets and not any(
-        one.startswith("allowed_targets=") for one in typed
-    ):
+    if config.allowed_targets != list(USUAL_TARGETS) and not any(one.startswith("allowed_targets=") for one in typed):
         names = ",".join(config.allowed_targets)
         raise UserError(
             f"allowed_targets=[{names}]: said by a file; if you trust it, say so yourself, on the command line"

@@ -66,14 +66,15 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
         name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
-        tracker = Tracker(folder, None if in_sweep else tracking(folder, config), name, tags)
+        settings = None if in_sweep else tracking(folder, config)
+        tracker = Tracker(folder, settings, name, tags, config.allowed_targets)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
         if not in_sweep:
             result.times["compose"] = composed
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)
-            with _recorded(result, folder, tracker, console, started):
+            with _recorded(result, folder, tracker, console, started, _logs_model(config, in_sweep)):
                 if not in_sweep:
                     recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
                 if configs.world_size(config.trainer) > 1:
@@ -89,6 +90,13 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
     return result
 
 
+def _logs_model(config: Config, in_sweep: bool) -> bool:
+    settings = config.tracking
+    if not isinstance(settings, MLflow):
+        return False
+    return settings.register or (not in_sweep if settings.log_model is None else settings.log_model)
+
+
 def _age() -> float:
     """Seconds since this process began; 0 where the system does not say."""
     try:
@@ -99,7 +107,9 @@ def _age() -> float:
 
 
 @contextmanager
-def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Console", started: float) -> Iterator[None]:
+def _recorded(
+    result: RunResult, folder: Path, tracker: Tracker, console: "Console", started: float, log_model: bool
+) -> Iterator[None]:
     """Write down how the run ended, whatever ended it, and in which words a person is told."""
     wait_s = SEND_WAIT_S
     try:
@@ -130,7 +140,8 @@ def _recorded(result: RunResult, folder: Path, tracker: Tracker, console: "Conso
             if result.error:
                 tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
             with result.timed("tracking"):
-                result.run_id = tracker.finish(result.status, wait_s) or result.run_id
+                log_model &= result.status == "FINISHED"
+                result.run_id = tracker.finish(result.status, wait_s, log_model) or result.run_id
         result.total_s = time.perf_counter() - started
         with ignored:
             result.write(folder)

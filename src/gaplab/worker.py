@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -121,6 +122,7 @@ def _run(
         raise UserError(f"data.root={config.data.root}: the machines do not hold the same data")
     if ranks.rank == 0:
         data.save_splits(folder / "splits.npz")
+        np.save(folder / "example.npy", data.sample("valid", 2).cpu().numpy())  # what its model takes
     with result.timed("network"):
         network = _build_network(config, data)
     if ranks.rank:  # dropout is each process's own; whatever is drawn before this is the same in all

@@ -76,7 +76,7 @@ def test_the_folder_holds_what_the_contract_says(finished):
         f"figures/{name}.png" for name in ("learning_curves", "confusion_matrix", "worst_mistakes", "normalization")
     }
     checkpoints = {f"checkpoints/{name}.ckpt{end}" for name in ("last", "previous", "best") for end in ("", ".sha256")}
-    expected = {"config.yaml", "result.json", "journal.jsonl", "splits.npz"} | figures | checkpoints
+    expected = {"config.yaml", "result.json", "journal.jsonl", "splits.npz", "example.npy"} | figures | checkpoints
     assert expected <= names
     assert names - expected == {"mlflow.json", "mlflow.log", ".mlflow.lock", ".lock"}
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in figures)

@@ -3,8 +3,8 @@
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
 `run` (name, id, host, uri, experiment, artifacts; once more for each attempt, with the same id), `params`, `tags`
 (values), `metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the folder of
-a run directly inside this one), and last `finish` (status). What a report adds to a run that has ended stands between
-`reopen` and `close`. The uri may hold a password: the file is its owner's alone.
+a run directly inside this one), and last `finish` (status). What is added to a run that has ended stands between
+`reopen` and `close`: its `model`, or what a report says. The uri may hold a password: the file is its owner's alone.
 """
 
 import json
@@ -18,11 +18,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from gaplab.config import PROJECT, MLflow, Tracking
+from gaplab.config import PROJECT, USUAL_TARGETS, MLflow, Tracking
 from gaplab.files import read_json, write_whole
 
 SEND_WAIT_S = 7.0  # all waits of a command together; MLflow's own start beside it costs some seconds more
@@ -127,12 +127,20 @@ class Tracker:
         folder: of the run or sweep.
         settings: config group `tracking`; None for a job inside a sweep, whose sender sends for all of its jobs.
         name, tags: of the run.
+        allowed_targets: packages beyond the usual ones that its config may name when its model is logged.
 
     Attributes:
         id: of the run, the same for every attempt.
     """
 
-    def __init__(self, folder: Path, settings: Tracking | None, name: str, tags: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Tracking | None,
+        name: str,
+        tags: dict[str, str],
+        allowed_targets: Sequence[str] = USUAL_TARGETS,
+    ) -> None:
         known = (event["id"] for event in read_journal(folder) if event["event"] == "run" and "id" in event)
         self.id = str(next(known, None) or secrets.token_hex(16))
         run = {"name": name, "id": self.id, "host": platform.node()}
@@ -141,7 +149,7 @@ class Tracker:
             store = {"uri": settings.uri, "experiment": settings.experiment, "artifacts": settings.artifacts}
             self._write("run", **run, **store)
             self.tags(tags | settings.tags)
-            self._start()
+            self._start(allowed_targets)
         else:
             self._write("run", **run)
             self.tags(tags)
@@ -174,14 +182,15 @@ class Tracker:
         self._sender: subprocess.Popen[bytes] | None = None
         self._not_started: str | None = None
         self._patience = SEND_WAIT_S
+        self._needed = sys.maxsize  # bytes of the journal that `finish` waits for to be sent
 
-    def _start(self) -> None:
+    def _start(self, allowed_targets: Sequence[str] = USUAL_TARGETS) -> None:
         """Training goes on without a sender too: what it would have sent stays in the journal."""
         try:
             receipt = read_receipt(self._folder)
             if receipt.pop("problem", None) is not None:  # an earlier sender's
                 write_receipt(self._folder, receipt)
-            self._sender = start_sender(self._folder)
+            self._sender = start_sender(self._folder, allowed_targets)
         except OSError as error:
             self._not_started = f"its process could not be started ({error.strerror})"
 
@@ -221,13 +230,18 @@ class Tracker:
             time.sleep(0.05)
         self._patience -= time.monotonic() - start
 
-    def finish(self, status: str, wait_s: float = SEND_WAIT_S) -> str | None:
+    def finish(self, status: str, wait_s: float = SEND_WAIT_S, model: bool = False) -> str | None:
         """End the run as FINISHED, FAILED or KILLED; MLflow's id of it, or None when there is none (yet).
 
         Waits until all is sent, for `wait_s` seconds at most, then says that the sender goes on by itself; who is in a
-        hurry knows.
+        hurry knows. With `model` the sender then logs the run's model as well, which is not waited for.
         """
-        self._write("finish", status=status)
+        line = _line("finish", status=status)
+        if model:  # in one piece: a sender that sees the end of a journal leaves
+            self._needed = os.fstat(self._file.fileno()).st_size + len(line.encode())
+            line += "".join(map(_line, ("reopen", "model", "close")))
+        self._file.write(line)
+        self._file.flush()
         return self._end(wait_s)
 
     def close(self) -> None:
@@ -248,7 +262,11 @@ class Tracker:
         deadline = time.monotonic() + wait_s
         since = None  # when there is a problem, it is waited for less, yet for long enough to see that it is over
         while (code := sender.poll()) is None and (now := time.monotonic()) < deadline:
-            problem = read_receipt(self._folder).get("problem")
+            receipt = read_receipt(self._folder)
+            if receipt.get("sent", 0) >= self._needed:
+                threading.Thread(target=sender.wait, daemon=True).start()
+                return
+            problem = receipt.get("problem")
             since = None if problem is None else since or now
             if since is not None and now - since > PROBLEM_WAIT_S:
                 break
@@ -293,15 +311,19 @@ def _opened(folder: Path) -> TextIO:
 
 
 def _write(file: TextIO, event: str, **fields: Any) -> None:
-    file.write(json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False) + "\n")
+    file.write(_line(event, **fields))
     file.flush()
+
+
+def _line(event: str, **fields: Any) -> str:
+    return json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False) + "\n"
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def start_sender(folder: Path) -> "subprocess.Popen[bytes]":
+def start_sender(folder: Path, allowed_targets: Sequence[str] = USUAL_TARGETS) -> "subprocess.Popen[bytes]":
     source = str(Path(__file__).resolve().parents[2])
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -309,7 +331,7 @@ def start_sender(folder: Path) -> "subprocess.Popen[bytes]":
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     with (folder / "mlflow.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gaplab.tracking.mlflow", str(folder), str(os.getpid())],
+            [sys.executable, "-m", "gaplab.tracking.mlflow", str(folder), str(os.getpid()), ",".join(allowed_targets)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

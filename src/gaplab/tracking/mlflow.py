@@ -1,8 +1,9 @@
 """The sender: follows the journal of a run, or of a sweep and all of its jobs, and puts it into MLflow.
 
-Run as `python -m gaplab.tracking.mlflow <folder> <pid of the writer>`. Events go out in order. One that MLflow does not
-take now is tried again until it does; one that it never will take is left out. It ends with status 0 when everything is
-sent, and with 1 and one line of reason when not; another sender, or `python src/sync.py`, then goes on.
+Run as `python -m gaplab.tracking.mlflow <folder> <pid of the writer> <allowed package,…>`. Events go out in order.
+One that MLflow does not take now is tried again until it does; one that it never will take is left out. It ends with
+status 0 when everything is sent, and with 1 and one line of reason when not; another sender, or `python src/sync.py`,
+then goes on.
 
 Nothing is sent twice: a run is looked for by its own id (the tag `gaplab.id`) before it is created, and MLflow keeps a
 metric of the same name, time, step and value once.
@@ -13,14 +14,15 @@ import getpass
 import json
 import os
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaplab.config import masked
+from gaplab.config import USUAL_TARGETS, masked
 from gaplab.files import read_json, write_whole
 from gaplab.tracking.outbox import Entry, Journal
 
@@ -36,10 +38,19 @@ class RefusedError(Exception):
     """What MLflow will not take later either."""
 
 
-class Sender:
-    """Puts events into the MLflow that `store` names. Raises whatever MLflow or the network come up with."""
+class ModelError(Exception):
+    """A model that is not logged yet."""
 
-    def __init__(self, store: dict[str, Any]) -> None:
+
+class Sender:
+    """Puts events into the MLflow that `store` names. Raises whatever MLflow or the network come up with.
+
+    Args:
+        store: the event that names it.
+        allowed_targets: packages that the config of a run may name when its model is logged.
+    """
+
+    def __init__(self, store: dict[str, Any], allowed_targets: Sequence[str] = USUAL_TARGETS) -> None:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # who sends tries again by himself
         given = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "")
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(HTTP_TIMEOUT_S, int(given) if given.isdigit() else 0))
@@ -48,7 +59,8 @@ class Sender:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
-        uri = store["uri"]
+        self._uri = uri = store["uri"]
+        self._allowed_targets = allowed_targets
         with _initializing(uri):
             self.client = MlflowClient(tracking_uri=uri)
             self._experiment = self._find_experiment(
@@ -137,8 +149,24 @@ class Sender:
                     yield partial(self.client.log_artifact, run_id, str(path), event["folder"] or None)
                 elif entry.attempt == journal.attempts:  # a later attempt clears away what an earlier one made
                     raise RefusedError(f"{path}: no longer there")
+            case "model":
+                yield partial(self._log_model, journal.folder, run_id)
             case "finish":
                 yield partial(self.client.set_terminated, run_id, event["status"], _ms(event))
+
+    def _log_model(self, folder: Path, run_id: str) -> None:
+        """In a process of its own: it needs torch, and the config of the run names classes."""
+        command = [sys.executable, "-m", "gaplab.export", str(folder), run_id, ",".join(self._allowed_targets)]
+        done = subprocess.run(
+            command, env=os.environ | {"MLFLOW_TRACKING_URI": self._uri}, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return
+        said = (done.stderr.strip().splitlines() or ["its process ended without a word"])[-1]
+        if done.returncode != 2:
+            raise ModelError(said)
+        self.client.set_tag(run_id, "model/problem", said[:5000])
+        raise RefusedError(f"{folder}: its model is not logged: {said}")
 
     def _batches(self, run_id: str, kind: str, items: list[Any]) -> Iterator[Callable[[], Any]]:
         for start in range(0, len(items), BATCH[kind]):
@@ -207,7 +235,8 @@ class Delivery:
         progress: how many events are sent.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, allowed_targets: Sequence[str] = USUAL_TARGETS) -> None:
+        self._allowed_targets = allowed_targets
         self.root = Journal(folder)
         self.children: dict[Path, Journal] = {}
         self.problem: str | None = None
@@ -260,7 +289,7 @@ class Delivery:
             if self.root.waiting or self._open_children():
                 if self._sender is None:
                     assert self.root.store is not None, "no event says where to send"
-                    self._sender = sender or Sender(self.root.store)
+                    self._sender = sender or Sender(self.root.store, self._allowed_targets)
                 self._send_all(self._sender, self.root, keep=int(self.root.ended))
                 for child in self._open_children():
                     self._send_all(self._sender, child)
@@ -314,9 +343,9 @@ def name_result(folder: Path, run_id: str) -> None:
             write_whole(folder / "result.json", json.dumps(result | {"run_id": run_id}, indent=2) + "\n")
 
 
-def follow(folder: Path, writer: int) -> Delivery:
+def follow(folder: Path, writer: int, allowed_targets: Sequence[str] = USUAL_TARGETS) -> Delivery:
     """Send all that is and will be written, until the journal ends or its writer dies; what came of it."""
-    delivery = Delivery(folder)
+    delivery = Delivery(folder, allowed_targets)
     pause, again = 0.0, 0.0
     over = failing = None  # since when, in monotonic seconds
     while True:
@@ -353,12 +382,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def main(folder: Path, writer: int) -> int:
+def main(folder: Path, writer: int, allowed_targets: Sequence[str] = USUAL_TARGETS) -> int:
     from filelock import FileLock
 
     try:
         with FileLock(folder / ".mlflow.lock"):  # an earlier sender of this folder may still be at the end of its work
-            delivery = follow(folder, writer)
+            delivery = follow(folder, writer, allowed_targets)
     except Exception as error:
         say(reason(error))
         return 1
@@ -370,4 +399,4 @@ def main(folder: Path, writer: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")))

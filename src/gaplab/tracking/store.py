@@ -13,9 +13,10 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 CURVES = ("train/acc", "valid/acc", "gap/acc", "train/acc_running")
 
 
-def _client(uri: str) -> Any:
+def connect(uri: str) -> Any:
+    """A client of the store at `uri` that does not wait long. Raises UserError when there is no such SQLite store."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"tracking.uri={uri}: no such store")
+        raise UserError(f"tracking.uri={uri}: no such store; a run with tracking makes it")
     for name, value in (PATIENCE | {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}).items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -30,7 +31,7 @@ def read_children(uri: str, parent: str) -> tuple[str, list[dict[str, Any]], int
     """
     from mlflow.entities import ViewType
 
-    client = _client(uri)
+    client = connect(uri)
     run = _get(client, parent)
     if isinstance(run, str):
         raise UserError(f"sweep={parent}: {run}")
@@ -52,7 +53,7 @@ def read_children(uri: str, parent: str) -> tuple[str, list[dict[str, Any]], int
 
 def read_runs(uri: str, ids: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Those of `ids` that are there, and for each other one why not."""
-    client = _client(uri)
+    client = connect(uri)
     runs = {one: _get(client, one) for one in ids}
     missing = {one: run for one, run in runs.items() if isinstance(run, str)}
     return _whole(client, [run for run in runs.values() if not isinstance(run, str)]), missing

@@ -1,0 +1,324 @@
+"""Models in MLflow: logged to their run, versions in the registry, and back again.
+
+MLflow takes seconds to import, so this is imported where it is used.
+"""
+
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gaplab.config import masked
+from gaplab.errors import UserError
+from gaplab.files import plain
+from gaplab.tracking.mlflow import is_permanent, reason
+from gaplab.tracking.store import connect
+
+__all__ = ["is_permanent", "reason"]
+
+NAME = "model"
+CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPIONS = "gaplab.champions"  # tag of the registered model: the versions that were champion, the newest last
+SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "valid/loss", "test/acc")
+
+
+def log_model(
+    model: nn.Module,
+    example: np.ndarray,
+    run_id: str,
+    step: int,
+    files: Sequence[Path],
+    verify: Callable[[nn.Module, nn.Module, np.ndarray], None],
+) -> str:
+    """Log a model to its run in the store of MLFLOW_TRACKING_URI; its id. One that is logged already is left as it is.
+
+    Args:
+        model: uint8 (B, C, H, W) -> probabilities float32 (B, K), in eval mode.
+        example: uint8 (B, C, H, W) with B of at least 2.
+        run_id: of an active run.
+        step: epoch that the weights are of.
+        files: to lie beside the model, in `extra_files/`.
+        verify: called with the model read back, the model, and the example, before anything is sent; it raises.
+
+    Raises UserError when the model cannot be exported, and whatever MLflow or the network come up with.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    with _quiet():
+        import mlflow.pytorch
+        from mlflow import MlflowClient
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        client = MlflowClient()
+        run = client.get_run(run_id)
+        if (known := logged_model(client, run)) is not None:
+            return known
+        logged = client.create_logged_model(
+            run.info.experiment_id, NAME, run_id, params=run.data.params, model_type="classifier"
+        )
+        try:
+            with tempfile.TemporaryDirectory(prefix="gaplab-") as parent:
+                path = Path(parent) / "model"
+                about = Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=run_id,
+                    model_uuid=logged.model_id,
+                    model_id=logged.model_id,
+                )
+                _save(model, example, path, about, files)
+                verify(mlflow.pytorch.load_model(str(path)), model, example)
+                client.log_model_artifacts(logged.model_id, str(path))
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+            _measure(client, run_id, logged.model_id, step)
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+        client.finalize_logged_model(logged.model_id, "READY")
+        return str(logged.model_id)
+
+
+def logged_model(client: Any, run: Any) -> str | None:
+    """The id of the model that a run has logged, or None."""
+    wanted = f"source_run_id = '{run.info.run_id}' AND name = '{NAME}'"
+    for found in client.search_logged_models([run.info.experiment_id], wanted):
+        if found.status == "READY":
+            return str(found.model_id)
+    return None
+
+
+def _save(model: nn.Module, example: np.ndarray, path: Path, about: Any, files: Sequence[Path]) -> None:
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import infer_signature
+
+    with torch.no_grad():
+        answers = model(torch.from_numpy(example)).numpy()
+    versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "mlflow", "numpy")}
+    try:
+        mlflow.pytorch.save_model(
+            model,
+            path,
+            mlflow_model=about,
+            signature=infer_signature(example, answers),
+            input_example=example,
+            pip_requirements=[f"{name}=={version}" for name, version in versions.items()],
+            extra_files=[str(file) for file in files],
+            serialization_format="pt2",
+        )
+    except Exception as error:  # torch.export has dozens of kinds
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"torch.export cannot take this network ({type(error).__name__}: {plain(line)[:200]})"
+        ) from error
+
+
+def _measure(client: Any, run_id: str, model_id: str, step: int) -> None:
+    """Show the figures of the run at `step`, and those of the whole run, with the model too."""
+    from mlflow.entities import Metric
+
+    found = []
+    for name in SHOWN:
+        points = client.get_metric_history(run_id, name)
+        chosen = [point for point in points if point.step == step] or points[-1:]
+        found += [
+            Metric(name, point.value, point.timestamp, point.step, model_id=model_id, run_id=run_id)
+            for point in chosen[:1]
+        ]
+    client.log_batch(run_id, metrics=found)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow and torch.export talk of what is none of a person's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        yield
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model.
+
+    Attributes:
+        number: from 1.
+        run_id: of the run that trained it.
+        source: address of the logged model.
+        aliases: `champion`, `challenger` and whatever people gave it.
+        tags: the gate's decision and its figures, as text.
+    """
+
+    number: int
+    run_id: str
+    source: str
+    aliases: list[str]
+    tags: dict[str, str]
+
+
+class Registry:
+    """The versions of one registered model. Raises UserError for what is not there, or when MLflow cannot be reached.
+
+    Args:
+        uri: of the tracking store.
+        name: of the model.
+    """
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.uri = uri
+        self.name = name
+        self._client = connect(uri)
+
+    def versions(self) -> list[Version]:
+        """All of them, the oldest first; none when there is no such model."""
+        with _told(self.uri):
+            if self._model() is None:
+                return []
+            found = self._client.search_model_versions(f"name = '{self.name}'")
+            whole = [self._client.get_model_version(self.name, one.version) for one in found]  # those have aliases
+        return sorted(map(_version, whole), key=lambda one: one.number)
+
+    def version(self, number: int) -> Version:
+        for one in self.versions():
+            if one.number == number:
+                return one
+        known = ", ".join(str(one.number) for one in self.versions()) or "none"
+        raise UserError(f"version={number}: {self.name} has no such version; known: {known}")
+
+    def champion(self) -> Version | None:
+        return next((one for one in self.versions() if CHAMPION in one.aliases), None)
+
+    def logged(self, run_id: str) -> str | None:
+        """The id of the model that a run has logged, or None."""
+        with _told(self.uri):
+            return logged_model(self._client, self._client.get_run(run_id))
+
+    def add(self, model_id: str, run_id: str, description: str) -> Version:
+        """A version of a logged model, and `challenger`; the one that there is if it has been added before."""
+        source = f"models:/{model_id}"
+        if known := [one for one in self.versions() if one.source.endswith(model_id)]:
+            return known[-1]
+        with _told(self.uri):
+            if self._model() is None:
+                self._client.create_registered_model(
+                    self.name, description="Image classifiers whose overfitting gap gaplab has measured."
+                )
+            made = self._client.create_model_version(
+                self.name, source, run_id, description=description[:4900], model_id=model_id
+            )
+            self._client.set_registered_model_alias(self.name, CHALLENGER, made.version)
+        return self.version(int(made.version))
+
+    def describe(self, version: Version, tags: dict[str, str]) -> None:
+        with _told(self.uri):
+            for name, value in tags.items():
+                self._client.set_model_version_tag(self.name, str(version.number), name, value[:4900])
+
+    def crown(self, version: Version) -> None:
+        """Make it champion; it is no challenger any more."""
+        with _told(self.uri):
+            past = [one for one in self._champions() if one != version.number]
+            self._remember([*past, version.number])
+            self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
+            if CHALLENGER in version.aliases:
+                self._client.delete_registered_model_alias(self.name, CHALLENGER)
+
+    def roll_back(self) -> tuple[Version, Version]:
+        """The champion that was, and the one before it, which is champion again."""
+        now = self.champion()
+        if now is None:
+            raise UserError(f"rollback: {self.name} has no champion")
+        with _told(self.uri):
+            past = self._champions()
+        known = {one.number: one for one in self.versions()}
+        earlier = [one for one in past[: past.index(now.number)] if one in known] if now.number in past else []
+        if not earlier:
+            raise UserError(f"rollback: there was no champion before version {now.number} of {self.name}")
+        with _told(self.uri):
+            self._remember(earlier)
+            self._client.set_registered_model_alias(self.name, CHAMPION, str(earlier[-1]))
+        return now, known[earlier[-1]]
+
+    def _champions(self) -> list[int]:
+        model = self._model()
+        text = model.tags.get(CHAMPIONS, "") if model is not None else ""
+        return [int(one) for one in text.split(",") if one.isdecimal()]
+
+    def _remember(self, champions: list[int]) -> None:
+        self._client.set_registered_model_tag(self.name, CHAMPIONS, ",".join(map(str, champions[-1000:])))
+
+    def _model(self) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+
+def _version(found: Any) -> Version:
+    return Version(int(found.version), found.run_id or "", found.source or "", list(found.aliases), dict(found.tags))
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """What MLflow and the network come up with, as one line."""
+    with _quiet():
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"tracking.uri={masked(uri)}: {reason(error, uri)}") from error
+
+
+def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | None]:
+    """A model of the registry: uint8 (B, C, H, W) -> probabilities (B, K), its folder in `target`, its run's id.
+
+    Nothing in it is executed: what torch would unpickle is refused.
+
+    Args:
+        address: `models:/<name>@<alias>`, `models:/<name>/<version>` or `models:/<model id>`.
+        uri: of the tracking store.
+        target: an existing folder to put its files into.
+
+    Raises UserError when it is not there, or is no model that gaplab has logged.
+    """
+    if not re.fullmatch(r"models:/(m-[0-9a-f]+|[^/:@]+(@[\w.-]+|/[1-9][0-9]*))", address):
+        raise UserError(
+            f"{plain(address)}: not the address of a model; expected models:/<name>@<alias> or models:/<name>/<version>"
+        )
+    client = connect(uri)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    with _quiet():
+        import mlflow
+
+        try:
+            run_id = _run_of(client, address.removeprefix("models:/"))
+            path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(target), tracking_uri=uri))
+            module = mlflow.pytorch.load_model(str(path))
+        except Exception as error:  # of MLflow, the network, torch, or a file that is made to break them
+            raise UserError(f"{plain(address)}: {reason(error, uri)}") from error
+    return module, path, run_id
+
+
+def _run_of(client: Any, name: str) -> str | None:
+    if name.startswith("m-") and "/" not in name:
+        found = client.get_logged_model(name).source_run_id
+    elif "@" in name:
+        found = client.get_model_version_by_alias(*name.split("@")).run_id
+    else:
+        found = client.get_model_version(*name.split("/")).run_id
+    return found or None
