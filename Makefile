@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-faults test-cluster check format ui bench clean
+.PHONY: help setup train sweep report sync test test-faults test-cluster check format ui serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ format: $(READY) ## put the code into its one format
 ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this machine alone
 	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
 		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
+
+serve: $(READY) ## the champion of the registry behind HTTP on http://127.0.0.1:5001, for this machine alone; see docs/serving.md
+	@$(BIN)/python src/serve.py paths.outputs=$(OUTPUTS)
 
 bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; 40 minutes on an idle machine
 	@$(BIN)/python benchmarks/startup.py

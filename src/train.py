@@ -11,7 +11,11 @@ config.register()
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @cli.job
 def main(cfg: DictConfig) -> None:
-    launch.main(config.from_hydra(cfg, launch.overrides()), launch.overrides())
+    folder = launch.main(config.from_hydra(cfg, launch.overrides()), launch.overrides())
+    if folder is not None and config.registers(run := config.load(folder / "config.yaml")):
+        from gaplab.promotion import after_run  # MLflow: seconds
+
+        after_run(folder, run, launch.overrides())
 
 
 if __name__ == "__main__":

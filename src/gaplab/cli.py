@@ -23,6 +23,7 @@ from gaplab.config import (
     predict_from_hydra,
     promote_from_hydra,
     report_from_hydra,
+    serve_from_hydra,
     sync_from_hydra,
 )
 from gaplab.errors import TrainingError, UserError
@@ -94,6 +95,15 @@ gaplab: the versions of the model in MLflow's registry, and which of them is cha
   python src/promote.py version=3                          judge a version once more
   python src/promote.py version=3 force=true               make it champion whatever the gate says
   python src/promote.py rollback=true                      the champion before this one is champion again
+
+Change any key with key=value:
+
+{keys}"""
+SERVE_HELP = """\
+gaplab: a model of the registry behind HTTP, on this machine alone; docs/serving.md says how to call it.
+
+  python src/serve.py                                      the champion, on http://127.0.0.1:5001
+  python src/serve.py model=models:/gaplab/3 port=8080     another version, another port
 
 Change any key with key=value:
 
@@ -194,6 +204,11 @@ def predict_help(overrides: list[str]) -> str:
 def promote_help(overrides: list[str]) -> str:
     """What can be typed, as in `train_help`."""
     return PROMOTE_HELP.format(keys=_keys_of(promote_from_hydra(_compose("promote", overrides), overrides)))
+
+
+def serve_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return SERVE_HELP.format(keys=_keys_of(serve_from_hydra(_compose("serve", overrides))))
 
 
 def _compose(name: str, overrides: list[str]) -> Any:

@@ -433,6 +433,18 @@ class Promote:
 
 
 @dataclass
+class Serve:
+    """What `src/serve.py` serves, and where."""
+
+    model: str = key(
+        "models:/gaplab@champion", "A model: models:/<name>@<alias>, models:/<name>/<version> or models:/<model id>."
+    )
+    port: int = key(5001, "Port on this machine.", Range(1, 65535))
+    tracking: Tracking = field(default_factory=Tracking)
+    paths: Paths = field(default_factory=Paths)
+
+
+@dataclass
 class Sync:
     """What `src/sync.py` sends to MLflow."""
 
@@ -465,6 +477,7 @@ def register() -> None:
     store.store(name="evaluate_schema", node=Evaluate)
     store.store(name="predict_schema", node=Predict)
     store.store(name="promote_schema", node=Promote)
+    store.store(name="serve_schema", node=Serve)
     for classes in SCHEMAS.values():
         for schema in classes:
             store.store(group="schema", name=schema.__name__, node=schema)
@@ -537,8 +550,19 @@ def promote_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Promote:
     return config
 
 
+def serve_from_hydra(cfg: Any) -> Serve:
+    """The typed, checked config of a server. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Serve)
+    _check_command(config, [])
+    if not isinstance(config.tracking, MLflow):
+        raise UserError("tracking=none: the registry is in MLflow")
+    return config
+
+
 def _check_command(config: Any, typed: Iterable[str]) -> None:
-    check_trust(config, typed)
+    if hasattr(config, "allowed_targets"):
+        check_trust(config, typed)
     _check_ranges(config)
     _check_texts(config)
     folder("paths.outputs", config.paths.outputs)
@@ -686,6 +710,11 @@ def config_hash(config: Config) -> str:
 def condition(config: Config) -> str:
     """Hash of all that the config says except its seed: equal for the replicates of one condition."""
     return _digest({name: value for name, value in _said(config).items() if name != "seed"})
+
+
+def registers(config: Config) -> bool:
+    """Whether the model of a run goes into the registry."""
+    return isinstance(config.tracking, MLflow) and config.tracking.register
 
 
 def run_name(config: Config) -> str:

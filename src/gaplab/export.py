@@ -80,13 +80,14 @@ def best_network(folder: Path, config: Config) -> tuple[Network, Facts]:
     return network.eval(), facts
 
 
-def log(folder: Path, run_id: str, allowed_targets: list[str]) -> str:
+def log(folder: Path, run_id: str, allowed_targets: list[str], uri: str) -> str:
     """Log a run's best network to the MLflow run; the model's id. One that is logged already is not logged again.
 
     Args:
         folder: of the run.
         run_id: MLflow's.
         allowed_targets: packages that the run's config may name; it is somebody else's word.
+        uri: of the tracking store.
 
     Raises UserError, and whatever MLflow or the network come up with.
     """
@@ -98,7 +99,7 @@ def log(folder: Path, run_id: str, allowed_targets: list[str]) -> str:
     model = Probabilities(network).eval()
     with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
         files = _extra_files(Path(name), folder, config, facts)
-        return registry.log_model(model, _example(folder, facts), run_id, facts.epoch, files, _verify)
+        return registry.log_model(uri, model, _example(folder, facts), run_id, facts.epoch, files, _verify)
 
 
 def _example(folder: Path, facts: Facts) -> np.ndarray:
@@ -169,13 +170,14 @@ def main(folder: Path, run_id: str, allowed_targets: list[str]) -> int:
     from gaplab.tracking.registry import is_permanent, reason
 
     torch.set_num_threads(1)  # it runs beside other work
+    uri = os.environ["MLFLOW_TRACKING_URI"]  # not an argument: it may hold a password
     try:
-        print(log(folder, run_id, allowed_targets))
+        print(log(folder, run_id, allowed_targets, uri))
     except UserError as error:
         print(plain(error), file=sys.stderr)
         return 2
     except Exception as error:  # of MLflow, the network, the disk, the exporter
-        print(reason(error, os.environ.get("MLFLOW_TRACKING_URI", "")), file=sys.stderr)
+        print(reason(error, uri), file=sys.stderr)
         return 2 if is_permanent(error) else 1
     return 0
 

@@ -30,17 +30,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def main(config: Config, typed: list[str]) -> None:
-    """What `train.py` was asked for: a new run, or to go on with one. Raises as `launch` does."""
+def main(config: Config, typed: list[str]) -> Path | None:
+    """What `train.py` was asked for, a new run or to go on with one; its folder, unless another machine keeps it or it
+    was finished before. Raises as `launch` does."""
     _refuse_sweep_words(config)
     _refuse_torchrun()
     if config.resume is not None:
-        resume(config, typed)
-    elif config.trainer.node_rank:
-        check_root(config.data)
+        return resume(config, typed)
+    check_root(config.data)
+    if config.trainer.node_rank:
         torchrun.join(config)
-    else:
-        launch(config)
+        return None
+    folder = _make_folder(config, None)
+    launch(config, folder)
+    return folder
 
 
 def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -> RunResult:
@@ -155,8 +158,8 @@ def _explained_disk(folder: Path) -> Iterator[None]:
         raise TrainingError(explain_disk(error, folder) or str(error)) from error
 
 
-def resume(wanted: Config, typed: list[str]) -> RunResult | None:
-    """Go on with the run that `wanted.resume` names, in its own words; None if it is finished. Raises UserError."""
+def resume(wanted: Config, typed: list[str]) -> Path | None:
+    """Go on with the run that `wanted.resume` names, in its own words; its folder, as `main`. Raises as `main`."""
     devices = ("devices", "num_nodes", "node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
     usual = ("resume=", "paths.outputs=", "allowed_targets=", *(f"trainer.{name}=" for name in devices))
     others = [word for word in typed if not word.lstrip("+").startswith(usual)]
@@ -179,7 +182,8 @@ def resume(wanted: Config, typed: list[str]) -> RunResult | None:
     if config.trainer.node_rank:
         torchrun.join(config)
         return None
-    return launch(config, folder)
+    launch(config, folder)
+    return folder
 
 
 def find_run(outputs: Path, name: str) -> Path:

@@ -48,6 +48,19 @@ def gap(train: Score, valid: Score, confidence: float = 0.95) -> Gap:
     return Gap(difference, low, high)
 
 
+def gap_change(before: Gap, after: Gap) -> Gap:
+    """`after - before` with its interval, made of theirs; too wide where both were measured on the same samples.
+
+    References:
+        Zou and Donner, "Construction of confidence limits about effect measures: a general approach", Statistics in
+        Medicine 27, 2008, 1693-1702.
+    """
+    change = after.acc - before.acc
+    low = change - math.hypot(after.acc - after.low, before.high - before.acc)
+    high = change + math.hypot(after.high - after.acc, before.acc - before.low)
+    return Gap(change, low, high)
+
+
 def wilson(score: Score, z: float) -> tuple[float, float]:
     """Wilson's score interval of an accuracy, `z` standard errors to each side.
 

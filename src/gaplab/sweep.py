@@ -223,6 +223,8 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
             raise UserError("trainer.num_nodes: of a single run; the jobs of a sweep train on one machine each")
         if config.resume:
             raise UserError("resume: of a single run; a sweep goes on with sweep.resume=latest")
+        if configs.registers(config):
+            raise UserError("tracking.register=true: of a single run; after a sweep, python src/promote.py run=<job>")
         # what is said of the sweep is not said of its jobs
         config = replace(config, sweep=replace(config.sweep, resume=None, dry_run=False))
         launch.check_root(config.data)

@@ -33,6 +33,7 @@ SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "va
 
 
 def log_model(
+    uri: str,
     model: nn.Module,
     example: np.ndarray,
     run_id: str,
@@ -40,9 +41,10 @@ def log_model(
     files: Sequence[Path],
     verify: Callable[[nn.Module, nn.Module, np.ndarray], None],
 ) -> str:
-    """Log a model to its run in the store of MLFLOW_TRACKING_URI; its id. One that is logged already is left as it is.
+    """Log a model to its run; its id. One that is logged already is left as it is.
 
     Args:
+        uri: of the tracking store.
         model: uint8 (B, C, H, W) -> probabilities float32 (B, K), in eval mode.
         example: uint8 (B, C, H, W) with B of at least 2.
         run_id: of an active run.
@@ -60,6 +62,7 @@ def log_model(
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
 
+        mlflow.set_tracking_uri(uri)
         client = MlflowClient()
         run = client.get_run(run_id)
         if (known := logged_model(client, run)) is not None:
@@ -177,7 +180,7 @@ class Registry:
     def __init__(self, uri: str, name: str) -> None:
         self.uri = uri
         self.name = name
-        self._client = connect(uri)
+        self._client = _connect(uri)
 
     def versions(self) -> list[Version]:
         """All of them, the oldest first; none when there is no such model."""
@@ -268,6 +271,15 @@ class Registry:
             raise
 
 
+def _connect(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    client = connect(uri)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)  # addresses of models are looked up there, whatever a client was given
+    return client
+
+
 def _version(found: Any) -> Version:
     return Version(int(found.version), found.run_id or "", found.source or "", list(found.aliases), dict(found.tags))
 
@@ -284,15 +296,13 @@ def _told(uri: str) -> Iterator[None]:
             raise UserError(f"tracking.uri={masked(uri)}: {reason(error, uri)}") from error
 
 
-def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | None]:
-    """A model of the registry: uint8 (B, C, H, W) -> probabilities (B, K), its folder in `target`, its run's id.
-
-    Nothing in it is executed: what torch would unpickle is refused.
+def download(address: str, uri: str, target: Path) -> tuple[Path, str | None]:
+    """The folder of a model, brought into `target`, and the id of its run.
 
     Args:
         address: `models:/<name>@<alias>`, `models:/<name>/<version>` or `models:/<model id>`.
         uri: of the tracking store.
-        target: an existing folder to put its files into.
+        target: an existing folder.
 
     Raises UserError when it is not there, or is no model that gaplab has logged.
     """
@@ -300,18 +310,34 @@ def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | 
         raise UserError(
             f"{plain(address)}: not the address of a model; expected models:/<name>@<alias> or models:/<name>/<version>"
         )
-    client = connect(uri)
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    client = _connect(uri)
     with _quiet():
         import mlflow
 
         try:
             run_id = _run_of(client, address.removeprefix("models:/"))
-            path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(target), tracking_uri=uri))
-            module = mlflow.pytorch.load_model(str(path))
-        except Exception as error:  # of MLflow, the network, torch, or a file that is made to break them
+            path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(target)))
+        except Exception as error:  # of MLflow, the network, the disk
             raise UserError(f"{plain(address)}: {reason(error, uri)}") from error
-    return module, path, run_id
+    if not (path / "data" / "model.pt2").is_file() or not (path / "extra_files" / "facts.json").is_file():
+        raise UserError(f"{plain(address)}: not a model that gaplab has logged")
+    return path, run_id
+
+
+def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | None]:
+    """A model, uint8 (B, C, H, W) -> probabilities (B, K), its folder and its run's id; as `download`.
+
+    Nothing in it is executed: what torch would unpickle is refused.
+    """
+    path, run_id = download(address, uri, target)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    with _quiet():
+        import mlflow
+
+        try:
+            return mlflow.pytorch.load_model(str(path)), path, run_id
+        except Exception as error:  # of torch, or a file that is made to break it
+            raise UserError(f"{plain(address)}: {reason(error, uri)}") from error
 
 
 def _run_of(client: Any, name: str) -> str | None:

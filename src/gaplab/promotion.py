@@ -1,0 +1,252 @@
+"""Which version of the model is champion: the gate that decides, and `python src/promote.py` for people."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gaplab import config as configs
+from gaplab import launch
+from gaplab.config import Config, Gate, MLflow, Promote
+from gaplab.errors import UserError
+from gaplab.files import plain
+from gaplab.metrics import Gap, gap_change
+from gaplab.tracking.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from gaplab.evaluation import Paired
+
+SENDER_WAIT_S = 180  # the process that sends a run to MLflow may be logging its model just now
+
+
+@dataclass
+class Decision:
+    """What the gate says of a candidate.
+
+    Attributes:
+        passed: whether it becomes champion.
+        reasons: in words, one for each thing looked at.
+        paired: both on the same samples, the champion first; None where there was nothing to compare with.
+        gap: candidate's minus champion's.
+    """
+
+    passed: bool
+    reasons: list[str]
+    paired: "Paired | None" = None
+    gap: Gap | None = None
+    against: int | None = None
+
+    def tags(self) -> dict[str, str]:
+        """The decision and its figures, for the version."""
+        found = {"gate": "passed" if self.passed else "not passed", "gate.reason": "; ".join(self.reasons)}
+        if self.against is not None:
+            found["gate.against"] = str(self.against)
+        if self.paired is not None:
+            found |= {
+                "gate.samples": str(self.paired.total),
+                "gate.acc": f"{self.paired.second_acc:.6f}",
+                "gate.acc_champion": f"{self.paired.first_acc:.6f}",
+                "gate.acc_change": f"{self.paired.difference:+.6f}",
+                "gate.acc_change_low": f"{self.paired.low:+.6f}",
+                "gate.acc_change_high": f"{self.paired.high:+.6f}",
+                "gate.mcnemar_p": f"{self.paired.p:.6g}",
+            }
+        if self.gap is not None:
+            found |= {
+                "gate.gap_change": f"{self.gap.acc:+.6f}",
+                "gate.gap_change_low": f"{self.gap.low:+.6f}",
+                "gate.gap_change_high": f"{self.gap.high:+.6f}",
+            }
+        return found
+
+
+def decide(paired: "Paired", champion: Gap | None, candidate: Gap | None, gate: Gate, against: int) -> Decision:
+    """Whether a candidate is not worse than the champion, and its gap not larger, each beyond doubt of its interval.
+
+    Args:
+        paired: both on the same samples, the champion first.
+        champion, candidate: their gaps; None where a model does not say.
+        gate: the margins.
+        against: the champion's version.
+    """
+    worse = paired.low <= -gate.max_acc_loss
+    reasons = [
+        f"accuracy {_pp(paired.difference)} [{_pp(paired.low)}, {_pp(paired.high)}] pp: "
+        + (f"may be worse by {100 * gate.max_acc_loss:g} pp or more" if worse else "not worse")
+    ]
+    if champion is None or candidate is None:
+        return Decision(False, [*reasons, "a gap was not measured"], paired, None, against)
+    change = gap_change(champion, candidate)
+    larger = change.high >= gate.max_gap_increase
+    reasons.append(
+        f"gap {_pp(change.acc)} [{_pp(change.low)}, {_pp(change.high)}] pp: "
+        + (f"may be larger by {100 * gate.max_gap_increase:g} pp or more" if larger else "not larger")
+    )
+    return Decision(not worse and not larger, reasons, paired, change, against)
+
+
+def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
+    """List the versions, register a run's model, judge a version, or roll back. Raises UserError."""
+    assert isinstance(settings.tracking, MLflow)
+    registry = Registry(settings.tracking.uri, settings.tracking.registered_model)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    if settings.rollback:
+        was, now = registry.roll_back()
+        registry.describe(was, {"gate.rolled_back": "true"})
+        console.print(f"{registry.name}: version {now.number} is champion again, version {was.number} no longer")
+        return
+    if settings.run is not None:
+        version = register(registry, settings, typed)
+    elif settings.version is not None:
+        version = registry.version(settings.version)
+    else:
+        _list(console, registry)
+        return
+    champion = registry.champion()
+    if champion is not None and champion.number == version.number:
+        console.print(f"{registry.name}: version {version.number} is champion already")
+        return
+    if settings.force:
+        decision = Decision(True, ["made champion by hand"])
+    else:
+        decision = _judge(registry, champion, version, settings, typed)
+    registry.describe(version, decision.tags())
+    if decision.passed:
+        registry.crown(version)
+    _print(console, registry, version, decision)
+
+
+def after_run(folder: Path, config: Config, typed: Sequence[str]) -> None:
+    """Register the model of a run that has just finished, and let the gate decide. Raises UserError."""
+    tracking = launch.tracking(folder, config)
+    settings = Promote(
+        run=str(folder),
+        gate=config.gate,
+        tracking=tracking,
+        paths=config.paths,
+        allowed_targets=config.allowed_targets,
+    )
+    try:
+        promote(settings, typed)
+    except UserError as error:
+        raise UserError(f"the run is finished, its model is not registered: {error}") from error
+
+
+def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Version:
+    """The version of a run's model, logged first if it has not been yet. Raises UserError."""
+    from filelock import FileLock, Timeout
+
+    from gaplab.trained import load_run
+
+    assert settings.run is not None
+    outputs = configs.folder("paths.outputs", settings.paths.outputs)
+    run = load_run(settings.run, outputs, registry.uri, typed)
+    if run.run_id is None:
+        raise UserError(f"{plain(run.folder)}: the run is not in MLflow; python src/sync.py sends it if it was tracked")
+    if run.folder is None:
+        model_id = registry.logged(run.run_id)
+        if model_id is None:
+            raise UserError(f"run={settings.run}: has logged no model, and its folder is not here")
+    else:
+        from gaplab import export
+
+        try:
+            with FileLock(run.folder / ".mlflow.lock", timeout=SENDER_WAIT_S):
+                model_id = registry.logged(run.run_id)
+                if model_id is None:
+                    model_id = export.log(run.folder, run.run_id, settings.allowed_targets, registry.uri)
+        except Timeout:
+            raise UserError(f"{plain(run.folder)}: it is still being sent to MLflow; try again later") from None
+    return registry.add(model_id, run.run_id, export_card(run.config, run.name))
+
+
+def export_card(config: Config, name: str) -> str:
+    """A version's description."""
+    model = config.model
+    return (
+        f"{plain(name)}: {model.name} on {plain(config.data.name)}, bn={str(model.bn).lower()}, "
+        f"dropout={model.dropout:g}, init={model.init}, seed {config.seed}. The model card is extra_files/README.md."
+    )
+
+
+def _judge(
+    registry: Registry, champion: Version | None, version: Version, settings: Promote, typed: Sequence[str]
+) -> Decision:
+    if champion is None:
+        return Decision(True, ["the first champion: there was none to compare with"])
+    from gaplab.data.datamodule import build_datamodule
+    from gaplab.evaluation import compare
+    from gaplab.trained import load_model
+
+    with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
+        one, other = (
+            load_model(f"models:/{registry.name}/{number}", registry.uri, Path(name) / str(number), typed)
+            for number in (champion.number, version.number)
+        )
+        against = champion.number
+        if one.in_shape != other.in_shape or one.classes != other.classes:
+            return Decision(False, ["takes other pictures, or knows other classes, than the champion"], against=against)
+        data = build_datamodule(
+            other.config.data,
+            other.config.seed,
+            allowed_targets=settings.allowed_targets,
+            cache=configs.folder("paths.outputs", settings.paths.outputs) / "cache",
+        )
+        if data.splits["train"].source.digest() != other.digest:
+            raise UserError(f"data.root={other.config.data.root}: not the data that version {version.number} learned")
+        if settings.gate.split not in data.splits:
+            raise UserError(f"gate.split={settings.gate.split}: {other.config.data.name} has none; gate.split=valid")
+        paired = compare(one, other, data.batches(settings.gate.split))
+        return decide(paired, _gap(one), _gap(other), settings.gate, against)
+
+
+def _gap(model: Any) -> Gap | None:
+    best = model.result.get("best") or {}
+    values = [float(best[name]) for name in ("gap_acc", "gap_acc_low", "gap_acc_high") if name in best]
+    return Gap(*values) if len(values) == 3 else None
+
+
+def _list(console: Console, registry: Registry) -> None:
+    versions = registry.versions()
+    if not versions:
+        console.print(f"{registry.name}: no version yet; python src/promote.py run=latest makes one")
+        return
+    table = Table(title=escape(registry.name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("version", "is", "gate", "why", "run"):
+        table.add_column(heading)
+    for one in versions:
+        aliases, tags = ", ".join(sorted(one.aliases)), one.tags
+        table.add_row(
+            str(one.number),
+            escape(aliases),
+            tags.get("gate", "not judged"),
+            escape(plain(tags.get("gate.reason", ""))),
+            one.run_id,
+        )
+    console.print(table)
+
+
+def _print(console: Console, registry: Registry, version: Version, decision: Decision) -> None:
+    if decision.paired is not None:
+        console.print(f"version {version.number} beside the champion, version {decision.against}")
+    for reason in decision.reasons:
+        console.print(f"  {reason}", markup=False)
+    if decision.paired is not None:
+        console.print(f"  McNemar p = {decision.paired.p:.3g} on {decision.paired.total:,} samples", markup=False)
+    if decision.passed:
+        console.print(f"{registry.name}: version {version.number} is champion", markup=False)
+    else:
+        again = f"python src/promote.py version={version.number} force=true"
+        console.print(f"{registry.name}: version {version.number} is challenger; by hand: {again}", markup=False)
+
+
+def _pp(value: float) -> str:
+    return f"{100 * value:+.2f}"
