@@ -712,6 +712,11 @@ def condition(config: Config) -> str:
     return _digest({name: value for name, value in _said(config).items() if name != "seed"})
 
 
+def is_run_id(name: str) -> bool:
+    """Whether `name` is an id that MLflow gives to runs."""
+    return len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
+
+
 def registers(config: Config) -> bool:
     """Whether the model of a run goes into the registry."""
     return isinstance(config.tracking, MLflow) and config.tracking.register

@@ -129,6 +129,34 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], title: s
     return figure
 
 
+def reliability(
+    confidence: NDArray[np.float64], right: NDArray[np.bool_], ece: float, title: str, bins: int = 15
+) -> Figure:
+    """How often the answers are right, by the probability that they were given: a calibrated model is on the diagonal.
+
+    Args:
+        confidence: of each answer, (N,) in [0, 1].
+        right: whether it was, (N,).
+        ece: expected calibration error, with as many bins.
+    """
+    figure = Figure(figsize=(5.5, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    filled = count > 0
+    mean = np.bincount(place, confidence, bins)[filled] / count[filled]
+    share = np.bincount(place, right, bins)[filled] / count[filled]
+    half = 1.96 * np.sqrt(share * (1 - share) / count[filled])
+    upper.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="calibrated")
+    upper.errorbar(mean, share, half, color=TRAIN, marker="o", ms=4, lw=1, capsize=2, label="measured, 95 %")
+    upper.set(ylabel="share that is right", ylim=(-0.03, 1.03), title=f"{title}\nECE {100 * ece:.2f} pp")
+    upper.legend(loc="upper left", fontsize=8)
+    lower.bar(edges[:-1], count, 1 / bins, align="edge", color=TRAIN, alpha=0.6)
+    lower.set(xlabel="probability given to the answer", ylabel="samples", yscale="log", xlim=(0, 1), ylim=(0.8, None))
+    return figure
+
+
 def worst_mistakes(
     images: NDArray[np.uint8],
     labels: Sequence[str],

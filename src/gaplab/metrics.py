@@ -24,7 +24,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Gap:
-    """`train - valid` accuracy, a fraction in [-1, 1], and its confidence interval."""
+    """A difference of accuracies, such as `train - valid`, a fraction in [-1, 1], and its confidence interval."""
 
     acc: float
     low: float
@@ -59,6 +59,36 @@ def gap_change(before: Gap, after: Gap) -> Gap:
     low = change - math.hypot(after.acc - after.low, before.high - before.acc)
     high = change + math.hypot(after.high - after.acc, before.acc - before.low)
     return Gap(change, low, high)
+
+
+def paired_difference(both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95) -> Gap:
+    """Accuracy of the second classifier minus that of the first on the same samples, and its interval.
+
+    Newcombe's score interval for paired proportions (method 10).
+
+    Args:
+        both, only_first, only_second, neither: samples by who has them right.
+
+    References:
+        Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+        Statistics in Medicine 17, 1998, 2635-2650.
+    """
+    total = both + only_first + only_second + neither
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    first, second = Score(both + only_first, total, 0.0), Score(both + only_second, total, 0.0)
+    (first_low, first_high), (second_low, second_high) = wilson(first, z), wilson(second, z)
+    margins = math.prod(
+        math.sqrt(one) for one in (first.correct, total - first.correct, second.correct, total - second.correct)
+    )
+    phi = (both * neither - only_first * only_second) / margins if margins else 0.0
+    difference = second.acc - first.acc
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
+
+    low = difference - reach(second.acc - second_low, first_high - first.acc)
+    high = difference + reach(second_high - second.acc, first.acc - first_low)
+    return Gap(difference, low, high)
 
 
 def wilson(score: Score, z: float) -> tuple[float, float]:

@@ -1,10 +1,9 @@
 """Which version of the model is champion: the gate that decides, and `python src/promote.py` for people."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -21,6 +20,7 @@ from gaplab.tracking.registry import Registry, Version
 
 if TYPE_CHECKING:
     from gaplab.evaluation import Paired
+    from gaplab.trained import Trained
 
 SENDER_WAIT_S = 180  # the process that sends a run to MLflow may be logging its model just now
 
@@ -186,29 +186,28 @@ def _judge(
     from gaplab.evaluation import compare
     from gaplab.trained import load_model
 
-    with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
-        one, other = (
-            load_model(f"models:/{registry.name}/{number}", registry.uri, Path(name) / str(number), typed)
-            for number in (champion.number, version.number)
-        )
-        against = champion.number
-        if one.in_shape != other.in_shape or one.classes != other.classes:
-            return Decision(False, ["takes other pictures, or knows other classes, than the champion"], against=against)
-        data = build_datamodule(
-            other.config.data,
-            other.config.seed,
-            allowed_targets=settings.allowed_targets,
-            cache=configs.folder("paths.outputs", settings.paths.outputs) / "cache",
-        )
-        if data.splits["train"].source.digest() != other.digest:
-            raise UserError(f"data.root={other.config.data.root}: not the data that version {version.number} learned")
-        if settings.gate.split not in data.splits:
-            raise UserError(f"gate.split={settings.gate.split}: {other.config.data.name} has none; gate.split=valid")
-        paired = compare(one, other, data.batches(settings.gate.split))
-        return decide(paired, _gap(one), _gap(other), settings.gate, against)
+    one, other = (
+        load_model(f"models:/{registry.name}/{which.number}", registry.uri, typed) for which in (champion, version)
+    )
+    against = champion.number
+    if one.in_shape != other.in_shape or one.classes != other.classes:
+        return Decision(False, ["takes other pictures, or knows other classes, than the champion"], against=against)
+    split, config = settings.gate.split, other.config.data
+    launch.check_root(config)
+    data = build_datamodule(
+        config,
+        other.config.seed,
+        allowed_targets=settings.allowed_targets,
+        cache=configs.folder("paths.outputs", settings.paths.outputs) / "cache",
+    )
+    if data.splits["train"].source.digest() != other.digest:
+        raise UserError(f"data.root={config.root}: not the data that version {version.number} was trained on")
+    if split not in data.splits:
+        raise UserError(f"gate.split={split}: {config.name} has no test part; gate.split=valid")
+    return decide(compare(one, other, data.batches(split)), _gap(one), _gap(other), settings.gate, against)
 
 
-def _gap(model: Any) -> Gap | None:
+def _gap(model: "Trained") -> Gap | None:
     best = model.result.get("best") or {}
     values = [float(best[name]) for name in ("gap_acc", "gap_acc_low", "gap_acc_high") if name in best]
     return Gap(*values) if len(values) == 3 else None

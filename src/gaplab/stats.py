@@ -12,7 +12,7 @@ from math import fsum, isfinite, prod, sqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammainc, gammaincinv, ndtr, stdtrit
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import binomtest, bootstrap, permutation_test
 from statsmodels.stats.weightstats import DescrStatsW
 
 Array = NDArray[np.float64]
@@ -138,6 +138,20 @@ def compare(
             )
         )
     return contrasts
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p of McNemar's exact test: whether two classifiers are right equally often on the same samples.
+
+    Args:
+        only_first, only_second: samples that this one alone has right.
+
+    References:
+        McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+        Psychometrika 12, 1947, 153-157.
+    """
+    discordant = only_first + only_second
+    return float(binomtest(min(only_first, only_second), discordant).pvalue) if discordant else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -90,7 +90,7 @@ def collect(outputs: Path, uri: str, sweeps: list[str], picked: list[str]) -> Co
 
 
 def _sweep(outputs: Path, uri: str, name: str) -> Collection:
-    if is_run_id(name):
+    if configs.is_run_id(name):
         from gaplab.tracking.store import read_children
 
         parent, children, deleted = read_children(uri, name)
@@ -109,12 +109,8 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
     return found
 
 
-def is_run_id(name: str) -> bool:
-    return len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
-
-
 def _run_folder(outputs: Path, name: str) -> Path | None:
-    if is_run_id(name):
+    if configs.is_run_id(name):
         return None
     for folder in (configs.folder("runs", name), outputs / "runs" / name, *outputs.glob(f"sweeps/*/{name}")):
         if (folder / "config.yaml").is_file():

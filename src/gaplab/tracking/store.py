@@ -100,3 +100,34 @@ def _dataset(run: Any) -> dict[str, Any]:
         classes = json.loads(given.dataset.profile or "{}").get("classes", 0)
         return {"digest": given.dataset.digest, "classes": classes}
     return {"digest": "", "classes": 0}
+
+
+def download(uri: str, run_id: str, names: list[str], target: Path) -> None:
+    """Some artifacts of a run, by their names, into the folder `target`. Raises UserError."""
+    client = connect(uri)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    run = _get(client, run_id)
+    if isinstance(run, str):
+        raise UserError(f"run={run_id}: {run}")
+    for name in names:
+        try:
+            client.download_artifacts(run_id, name, str(target))
+        except Exception as error:  # of MLflow, the network, the disk
+            raise UserError(f"run={run_id}: MLflow does not give {name} ({str(error).partition(chr(10))[0]})") from None
+
+
+def add_to_run(uri: str, run_id: str, metrics: dict[str, float], step: int, files: list[Path], folder: str) -> None:
+    """Log figures and files to a run that has ended, in the folder `folder` of its artifacts. Raises UserError."""
+    client = connect(uri)
+    run = _get(client, run_id)
+    if isinstance(run, str):
+        raise UserError(f"run={run_id}: {run}")
+    try:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value, step=step)
+        for file in files:
+            client.log_artifact(run_id, str(file), folder)
+    except Exception as error:  # of MLflow, the network, the disk
+        raise UserError(
+            f"run={run_id}: MLflow does not take the evaluation ({str(error).partition(chr(10))[0]})"
+        ) from None

@@ -1,0 +1,156 @@
+"""What has been trained and can be asked: the network of a run, or a model of the registry, as one kind of thing."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaplab import config as configs
+from gaplab.config import Config
+from gaplab.errors import UserError
+from gaplab.export import Probabilities, best_network
+from gaplab.files import plain, read_json, read_text
+from gaplab.tracking.journal import read_receipt
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier that has been trained.
+
+    Attributes:
+        name: for people.
+        classes: names of the K classes.
+        in_shape: (C, H, W).
+        probabilities: raw uint8 images (B, C, H, W) -> float32 (B, K), as in evaluation.
+        config: that it was trained with.
+        digest: of the data that it was trained on.
+        folder: of its run, if that is here.
+        run_id: in MLflow, if it is there.
+        result: of its run, or what its model keeps of it.
+    """
+
+    name: str
+    classes: list[str]
+    in_shape: tuple[int, int, int]
+    probabilities: Callable[[Tensor], Tensor]
+    config: Config
+    digest: str
+    folder: Path | None
+    run_id: str | None
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+def load(run: str | None, model: str | None, outputs: Path, uri: str | None, typed: Sequence[str]) -> Trained:
+    """A run, or a model of the registry; neither means the latest run. Raises UserError.
+
+    Args:
+        run: `latest`, a folder, its name, a job's too, or the id of the run in MLflow.
+        model: an address as `models:/gaplab@champion`.
+        outputs: folder of runs and sweeps.
+        uri: of the tracking store; None without one.
+        typed: the overrides that a person typed, which alone may allow packages.
+    """
+    return load_run(run or "latest", outputs, uri, typed) if model is None else load_model(model, uri, typed)
+
+
+def load_either(name: str, outputs: Path, uri: str | None, typed: Sequence[str]) -> Trained:
+    """As `load`, by an address or a run's name alone."""
+    return load_model(name, uri, typed) if name.startswith("models:") else load_run(name, outputs, uri, typed)
+
+
+def load_run(name: str, outputs: Path, uri: str | None, typed: Sequence[str] = ()) -> Trained:
+    """The network of a run's best epoch; as `load`."""
+    folder = find_run(name, outputs)
+    if folder is not None:
+        return _of_folder(folder, folder, read_receipt(folder).get("run_id"), typed)
+    if uri is None:
+        raise UserError(f"run={name}: no folder of it here, and tracking=none")
+    from gaplab.tracking.store import download
+
+    with tempfile.TemporaryDirectory(prefix="gaplab-") as target:
+        download(uri, name, ["config.yaml", "checkpoints/best.ckpt", "checkpoints/best.ckpt.sha256"], Path(target))
+        return _of_folder(Path(target), None, name, typed)
+
+
+def find_run(name: str, outputs: Path) -> Path | None:
+    """The folder of a run or of a job of a sweep, None for an MLflow id that none here has. Raises UserError."""
+    runs = outputs / "runs"
+    if name == "latest":
+        found = sorted(path.parents[1] for path in runs.glob("*/checkpoints/best.ckpt"))
+        if not found:
+            raise UserError(f"run=latest: no run in {runs} that has finished an epoch")
+        return found[-1]
+    if configs.is_run_id(name):
+        folders = [
+            path.parent for pattern in ("runs/*", "sweeps/*/*") for path in outputs.glob(f"{pattern}/mlflow.json")
+        ]
+        return next((folder for folder in folders if read_receipt(folder).get("run_id") == name), None)
+    jobs = [path for path in sorted(outputs.glob("sweeps/*/*")) if path.name == name]
+    for folder in (configs.folder("run", name), runs / name, *reversed(jobs)):  # of several jobs, the newest sweep's
+        if (folder / "sweep.json").is_file():
+            raise UserError(f"run={name}: a sweep; name one of the jobs in it")
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"run={name}: no run there (no config.yaml), nor in {runs}, nor a job of that name")
+
+
+def _of_folder(source: Path, folder: Path | None, run_id: str | None, typed: Sequence[str]) -> Trained:
+    config = configs.loads(read_text(source / "config.yaml"), str(source / "config.yaml"), typed)
+    network, facts = best_network(source, config)
+    model = Probabilities(network).eval()
+    return Trained(
+        facts.name,
+        facts.classes,
+        (facts.in_shape[0], facts.in_shape[1], facts.in_shape[2]),
+        torch.inference_mode()(model),
+        config,
+        facts.digest,
+        folder,
+        run_id,
+        read_json(source / "result.json"),
+    )
+
+
+def load_model(address: str, uri: str | None, typed: Sequence[str] = ()) -> Trained:
+    """A model of the registry; as `load`. Its run's folder is not looked for."""
+    if uri is None:
+        raise UserError(f"model={address}: the registry is in MLflow, and tracking=none")
+    from gaplab.tracking.registry import fetch
+
+    with tempfile.TemporaryDirectory(prefix="gaplab-") as target:
+        module, path, run_id = fetch(address, uri, Path(target))
+        facts = read_json(path / "extra_files" / "facts.json")
+        config = configs.loads(read_text(path / "extra_files" / "config.yaml"), address, typed)
+        try:
+            channels, height, width = (int(side) for side in facts["in_shape"])
+            classes, digest = [str(name) for name in facts["classes"]], str(facts["digest"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{plain(address)}: not a model that gaplab has logged") from None
+    result = facts.get("result")
+    return Trained(
+        f"{configs.run_name(config)} ({address})",
+        classes,
+        (channels, height, width),
+        torch.inference_mode()(module),
+        config,
+        digest,
+        None,
+        run_id,
+        result if isinstance(result, dict) else {},
+    )
+
+
+def check_same_kind(one: Trained, other: Trained) -> None:
+    """Raises UserError unless both take the same pictures and know the same classes."""
+    if one.in_shape != other.in_shape:
+        raise UserError(f"{other.name}: takes pictures of {_shape(other)}, not of {_shape(one)}")
+    if one.classes != other.classes:
+        raise UserError(f"{other.name}: knows other classes than {one.name}")
+
+
+def _shape(one: Trained) -> str:
+    return "x".join(map(str, one.in_shape))
