@@ -18,4 +18,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.promote_help)
+    cli.run(main, cli.promote_help, paths=("run",))

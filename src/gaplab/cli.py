@@ -7,6 +7,7 @@ the traceback is shown as well.
 import atexit
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,6 +85,8 @@ gaplab: say what is on pictures.
   ls photos/*.png | python src/predict.py run=latest images=-        names on stdin
   python src/predict.py model=models:/gaplab@champion images=photo.png
 
+Pictures should look like those that it was trained on: MNIST's digits are white on black, and fill the picture.
+
 Change any key with key=value:
 
 {keys}"""
@@ -123,8 +126,15 @@ _status = 1  # of a traceback, which alone does not pass through `_leave`
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
 
-def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
-    """Call a `hydra.main` function and exit with its status; `help_text` of the overrides answers --help."""
+def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: tuple[str, ...] = ()) -> None:
+    """Call a `hydra.main` function and exit with its status.
+
+    Args:
+        main: the function.
+        help_text: of the overrides, the answer to --help.
+        paths: keys whose values are file names, which Hydra then takes as they are.
+    """
+    sys.argv[1:] = [_quoted(word, paths) for word in sys.argv[1:]]
     atexit.register(_skip_teardown)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
     words = sys.argv[1:]
@@ -148,6 +158,17 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str]) -> None:
             raise
         _leave(end.code or 0)
     _leave(0)
+
+
+def _quoted(word: str, paths: tuple[str, ...]) -> str:
+    """`images=a (1).png` as Hydra wants it: `images='a (1).png'`. Lists and what is quoted already stay."""
+    name, equals, value = word.partition("=")
+    if not equals or name not in paths or value[:1] in ("'", '"') or value[:1] + value[-1:] == "[]":
+        return word
+    if not set(value) & set("(){}[]~;&'\"\\,"):
+        return word
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    return f"{name}='{escaped}'"
 
 
 def _leave(status: int) -> NoReturn:
