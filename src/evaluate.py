@@ -18,4 +18,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.evaluate_help, paths=("run", "against", "output"))
+    cli.run(main, cli.evaluate_help, paths=("run", "model_uri", "against", "output"))

@@ -18,4 +18,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.predict_help, paths=("images", "run", "output"))
+    cli.run(main, cli.predict_help, paths=("images", "model_uri", "run", "output"))

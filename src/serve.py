@@ -18,4 +18,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.serve_help)
+    cli.run(main, cli.serve_help, paths=("model_uri",))

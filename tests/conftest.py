@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
 from gaplab import launch
+from gaplab.tracking.journal import journal_of, read_receipt
 
 configs.register()
 torch.set_num_threads(1)
@@ -36,8 +38,17 @@ def composed(*overrides: str) -> configs.Config:
 
 def train_py(*arguments: str, cwd: Path = configs.PROJECT) -> "subprocess.CompletedProcess[str]":
     """`python src/train.py …` as a person types it."""
-    script = configs.PROJECT / "src" / "train.py"
-    return subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
+    return typed("train", *arguments, cwd=cwd)
+
+
+def typed(
+    name: str, *arguments: str, cwd: Path = configs.PROJECT, stdin: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    """`python src/<name>.py …` as a person types it."""
+    script = configs.PROJECT / "src" / f"{name}.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True, input=stdin
+    )
 
 
 def assert_refused(done: "subprocess.CompletedProcess[str]", said: str) -> None:
@@ -46,6 +57,14 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", said: str) -> None:
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert said in done.stderr
+
+
+def sent(folder: Path, seconds: float = 120) -> None:
+    """Wait until MLflow has all of a run, its model included."""
+    deadline = time.monotonic() + seconds
+    while read_receipt(folder).get("sent") != journal_of(folder).stat().st_size:
+        assert time.monotonic() < deadline, (folder / "mlflow.log").read_text()
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -58,6 +77,16 @@ def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
         return json.loads((folder / "result.json").read_text()), folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two small runs side by side in one outputs folder, of other seeds, without MLflow."""
+    home = tmp_path_factory.mktemp("trained")
+    for seed in (0, 1):
+        keys = [*SMALL, f"paths.outputs={home}", "model.bn=true", f"seed={seed}", "trainer.threads=1"]
+        launch.launch(composed(*keys), home / "runs" / f"run{seed}")
+    return home / "runs" / "run0", home / "runs" / "run1"
 
 
 @pytest.fixture(scope="session")

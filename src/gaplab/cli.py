@@ -132,7 +132,8 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: t
     Args:
         main: the function.
         help_text: of the overrides, the answer to --help.
-        paths: keys whose values are file names, which Hydra then takes as they are.
+        paths: keys whose values are file names or addresses, which Hydra then takes as they are. If `model_uri` is one,
+            it may be typed as `model`, which Hydra takes for the config group of that name.
     """
     sys.argv[1:] = [_quoted(word, paths) for word in sys.argv[1:]]
     atexit.register(_skip_teardown)
@@ -163,6 +164,8 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: t
 def _quoted(word: str, paths: tuple[str, ...]) -> str:
     """`images=a (1).png` as Hydra wants it: `images='a (1).png'`. Lists and what is quoted already stay."""
     name, equals, value = word.partition("=")
+    if name == "model" and "model_uri" in paths:
+        name, word = "model_uri", f"model_uri={value}"
     if not equals or name not in paths or value[:1] in ("'", '"') or value[:1] + value[-1:] == "[]":
         return word
     if not set(value) & set("(){}[]~;&'\"\\,"):

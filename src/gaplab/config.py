@@ -386,7 +386,9 @@ class Evaluate:
     run: str | None = key(
         None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
     )
-    model: str | None = key(None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>.")
+    model_uri: str | None = key(
+        None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>; typed as model=…."
+    )
     against: str | None = key(None, "Another run or model, to be compared on the same samples.")
     split: str = key(
         "test", "Samples to evaluate on; of data without a test part, test is an error.", ("train", "valid", "test")
@@ -405,7 +407,9 @@ class Predict:
     run: str | None = key(
         None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
     )
-    model: str | None = key(None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>.")
+    model_uri: str | None = key(
+        None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>; typed as model=…."
+    )
     images: Any = key(None, "Pictures: a file, a folder, a pattern like photos/*.png, a list of these, or - for stdin.")
     top_k: int = key(3, "Most probable classes to name.", POSITIVE)
     format: str = key("table", "How to say it.", ("table", "json", "csv"))
@@ -436,8 +440,9 @@ class Promote:
 class Serve:
     """What `src/serve.py` serves, and where."""
 
-    model: str = key(
-        "models:/gaplab@champion", "A model: models:/<name>@<alias>, models:/<name>/<version> or models:/<model id>."
+    model_uri: str = key(
+        "models:/gaplab@champion",
+        "A model: models:/<name>@<alias>, models:/<name>/<version> or models:/<model id>; typed as model=….",
     )
     port: int = key(5001, "Port on this machine.", Range(1, 65535))
     tracking: Tracking = field(default_factory=Tracking)
@@ -567,7 +572,7 @@ def _check_command(config: Any, typed: Iterable[str]) -> None:
     _check_texts(config)
     folder("paths.outputs", config.paths.outputs)
     _check_uri(config.tracking)
-    if getattr(config, "run", None) is not None and getattr(config, "model", None) is not None:
+    if getattr(config, "run", None) is not None and getattr(config, "model_uri", None) is not None:
         raise UserError("run and model: one of them")
 
 

@@ -155,7 +155,7 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
         console.width = 120
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
     uri = settings.tracking.uri if isinstance(settings.tracking, MLflow) else None
-    network = load(settings.run, settings.model, outputs, uri, typed)
+    network = load(settings.run, settings.model_uri, outputs, uri, typed)
     other = None if settings.against is None else load_either(settings.against, outputs, uri, typed)
     if other is not None:
         check_same_kind(network, other)
@@ -320,7 +320,7 @@ def _print(
         change, low, high = -100 * paired.difference, -100 * paired.high, -100 * paired.low
         console.print(f"against   {plain(other.name)}: accuracy {paired.second_acc:.4f}", markup=False, soft_wrap=True)
         console.print(
-            f"          {change:+.2f} pp [{low:+.2f}, {high:+.2f}], McNemar p = {paired.p:.3g}; right: both "
+            f"          {change:+.2f} pp [{low:+.2f}, {high:+.2f}], McNemar p {_p(paired.p)}; right: both "
             f"{paired.both:,}, only this {paired.only_first:,}, only the other {paired.only_second:,}, neither "
             f"{paired.neither:,}",
             markup=False,
@@ -328,3 +328,7 @@ def _print(
         )
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _p(value: float) -> str:
+    return f"= {value:.3g}" if value >= 1e-16 else "< 1e-16"

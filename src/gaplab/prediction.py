@@ -34,7 +34,7 @@ def predict(settings: Predict, typed: Sequence[str] = ()) -> None:
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
     files = find_files(settings.images)
     uri = settings.tracking.uri if isinstance(settings.tracking, MLflow) else None
-    network = load(settings.run, settings.model, outputs, uri, typed)
+    network = load(settings.run, settings.model_uri, outputs, uri, typed)
     if network.in_shape[1] != network.in_shape[2]:
         raise UserError(f"{network.name}: takes pictures that are not square, which files are not cut to")
     answers: list[Answer] = []

@@ -165,11 +165,15 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
                     model_id = export.log(run.folder, run.run_id, settings.allowed_targets, registry.uri)
         except Timeout:
             raise UserError(f"{plain(run.folder)}: it is still being sent to MLflow; try again later") from None
-    return registry.add(model_id, run.run_id, export_card(run.config, run.name))
+    version = registry.add(model_id, run.run_id, _description(run.config, run.name))
+    best = run.result.get("best") or {}
+    figures = {"test/acc": run.result.get("test_acc"), "gap/acc": best.get("gap_acc")}
+    known = {name: f"{value:.6f}" for name, value in figures.items() if isinstance(value, float)}
+    registry.describe(version, {"run": plain(run.name)} | known)
+    return version
 
 
-def export_card(config: Config, name: str) -> str:
-    """A version's description."""
+def _description(config: Config, name: str) -> str:
     model = config.model
     return (
         f"{plain(name)}: {model.name} on {plain(config.data.name)}, bn={str(model.bn).lower()}, "
@@ -219,18 +223,31 @@ def _list(console: Console, registry: Registry) -> None:
         console.print(f"{registry.name}: no version yet; python src/promote.py run=latest makes one")
         return
     table = Table(title=escape(registry.name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("version", "is", "gate", "why", "run"):
+    for heading in ("version", "is", "run", "test", "gap, pp", "gate", "why"):
         table.add_column(heading)
     for one in versions:
-        aliases, tags = ", ".join(sorted(one.aliases)), one.tags
-        table.add_row(
+        tags = one.tags
+        test, gap = (_number(tags.get(name)) for name in ("test/acc", "gap/acc"))
+        back = ", rolled back" if "gate.rolled_back" in tags else ""
+        cells = (
             str(one.number),
-            escape(aliases),
-            tags.get("gate", "not judged"),
-            escape(plain(tags.get("gate.reason", ""))),
-            one.run_id,
+            ", ".join(sorted(one.aliases)),
+            tags.get("run", one.run_id),
+            "" if test is None else f"{test:.4f}",
+            "" if gap is None else _pp(gap),
+            tags.get("gate", "not judged") + back,
+            tags.get("gate.reason", ""),
         )
+        table.add_row(*(escape(plain(cell)) for cell in cells))
     console.print(table)
+
+
+def _number(text: str | None) -> float | None:
+    """Tags are anybody's."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def _print(console: Console, registry: Registry, version: Version, decision: Decision) -> None:
@@ -239,7 +256,8 @@ def _print(console: Console, registry: Registry, version: Version, decision: Dec
     for reason in decision.reasons:
         console.print(f"  {reason}", markup=False)
     if decision.paired is not None:
-        console.print(f"  McNemar p = {decision.paired.p:.3g} on {decision.paired.total:,} samples", markup=False)
+        p = f"= {decision.paired.p:.3g}" if decision.paired.p >= 1e-16 else "< 1e-16"
+        console.print(f"  McNemar p {p} on {decision.paired.total:,} samples", markup=False)
     if decision.passed:
         console.print(f"{registry.name}: version {version.number} is champion", markup=False)
     else:

@@ -4,28 +4,19 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, sent
 
 from gaplab import config as configs
 from gaplab import export, launch
 from gaplab.errors import UserError
-from gaplab.tracking.journal import journal_of, read_journal, read_receipt
+from gaplab.tracking.journal import read_journal, read_receipt
 from gaplab.tracking.registry import Registry, download, fetch
 
 KEYS = ["model=cnn", "model.widths=[4,8]", "model.hidden_dims=[16]", "model.bn=true", "model.dropout=0.2"]
-
-
-def sent(folder: Path, seconds: float = 120) -> None:
-    """Wait until MLflow has all of a run, its model included."""
-    deadline = time.monotonic() + seconds
-    while read_receipt(folder).get("sent") != journal_of(folder).stat().st_size:
-        assert time.monotonic() < deadline, (folder / "mlflow.log").read_text()
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ def serve(settings: Serve) -> None:
     from gaplab.tracking.registry import download
 
     with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
-        path, _ = download(settings.model, settings.tracking.uri, Path(name))
+        path, _ = download(settings.model_uri, settings.tracking.uri, Path(name))
         command = ["models", "serve", "--model-uri", str(path), "--env-manager", "local"]
         with running([*command, "--host", HOST, "--port", str(settings.port)], settings.port, "/ping") as process:
             shape = read_json(path / "extra_files" / "facts.json").get("in_shape")
             address = f"http://{HOST}:{settings.port}/invocations"
-            print(f"{settings.model} answers on {address}; pictures are uint8 of shape {[-1, *(shape or [])]}")
+            print(f"{settings.model_uri} answers on {address}; pictures are uint8 of shape {[-1, *(shape or [])]}")
             print("docs/serving.md says how to call it; Ctrl-C ends it", flush=True)
             process.wait()
         raise TrainingError(f"the server has ended by itself, with status {process.returncode}")

@@ -1,0 +1,232 @@
+"""What an evaluation says is what an independent count finds."""
+
+import gzip
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused, composed, typed
+from hydra import compose, initialize_config_dir
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+
+from gaplab import config as configs
+from gaplab import stats
+from gaplab.errors import UserError
+from gaplab.evaluation import Answers, answer, compare, evaluate, evaluation, pair
+from gaplab.metrics import Score, gap, paired_difference
+from gaplab.trained import find_run, load_run
+
+
+def settings(outputs, *words):
+    with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("evaluate", ["tracking=none", f"paths.outputs={outputs}", *words])
+    return configs.evaluate_from_hydra(cfg, words)
+
+
+@pytest.fixture(scope="module")
+def outputs(trained_runs):
+    return trained_runs[0].parents[1]
+
+
+def raw(name, offset):
+    content = gzip.decompress((configs.PROJECT / "data" / "MNIST" / "raw" / f"{name}-ubyte.gz").read_bytes())
+    return np.frombuffer(content, np.uint8, offset=offset)
+
+
+def test_every_split_equals_an_independent_count(trained_runs, outputs):
+    folder, _ = trained_runs
+    network = load_run(str(folder), outputs, None)
+    official = raw("train-images-idx3", 16).reshape(-1, 1, 28, 28), raw("train-labels-idx1", 8)
+    test = raw("t10k-images-idx3", 16).reshape(-1, 1, 28, 28), raw("t10k-labels-idx1", 8)
+    splits = np.load(folder / "splits.npz")
+    result = json.loads((folder / "result.json").read_text())
+    for split, images, labels in (
+        ("train", official[0][splits["train"]], official[1][splits["train"]]),
+        ("valid", official[0][splits["valid"]], official[1][splits["valid"]]),
+        ("test", *test),
+    ):
+        found = evaluate(settings(outputs, f"run={folder}", f"split={split}"))
+        said = json.loads((found / "evaluation.json").read_text())
+        answers = network.probabilities(torch.from_numpy(images.copy())).argmax(1).numpy()
+        assert said["correct"] == int((answers == labels).sum())
+        assert said["total"] == len(labels)
+        known = result["test_acc"] if split == "test" else result["best"][f"{split}_acc"]
+        assert said["acc"] == known
+        for number, one in enumerate(said["recall"]):
+            assert one["total"] == int((labels == number).sum())
+            assert one["correct"] == int(((labels == number) & (answers == number)).sum())
+        counts = np.zeros((10, 10), int)
+        np.add.at(counts, (labels, answers), 1)
+        assert said["confusion"] == counts.tolist()
+        saved = np.load(found / "answers.npz")
+        assert np.array_equal(saved["labels"], labels)
+        assert np.array_equal(saved["probabilities"].argmax(1), answers)
+        assert (found / "reliability.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_loss_equals_the_runs_own(trained_runs, outputs):
+    folder, _ = trained_runs
+    said = json.loads((evaluate(settings(outputs, f"run={folder}")) / "evaluation.json").read_text())
+    assert said["loss"] == pytest.approx(json.loads((folder / "result.json").read_text())["test_loss"], rel=1e-5)
+
+
+def test_calibration_error_by_hand():
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.4, 0.6]])
+    found = evaluation(Answers(probabilities, torch.tensor([0, 1, 1, 1])), ["a", "b"])
+    # bins of 1/15: 0.9 twice, half of them right; 0.7 once and 0.6 once, both right
+    assert found.ece == pytest.approx((2 * abs(0.9 - 0.5) + 0.3 + 0.4) / 4, abs=1e-6)
+    assert (found.correct, found.total) == (3, 4)
+    assert found.recall[0].recall == 1.0
+    assert found.recall[1].recall == pytest.approx(2 / 3)
+
+
+def test_a_class_without_samples_has_no_recall():
+    found = evaluation(Answers(torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([0])), ["a", "b", "c"])
+    assert [one.recall for one in found.recall] == [1.0, None, None]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mcnemar_equals_statsmodels(seed):
+    only_first, only_second = np.random.default_rng(seed).integers(0, 60, 2).tolist()
+    expected = statsmodels_mcnemar([[500, only_first], [only_second, 20]], exact=True).pvalue
+    assert stats.mcnemar(only_first, only_second) == pytest.approx(min(1.0, expected), rel=1e-9)
+
+
+def test_mcnemar_without_any_difference_is_one():
+    assert stats.mcnemar(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("counts", [(50, 3, 9, 4), (0, 0, 0, 9), (90, 0, 0, 10), (0, 7, 5, 0), (9, 1, 0, 0)])
+def test_the_interval_of_a_paired_difference(counts):
+    both, only_first, only_second, neither = counts
+    found = paired_difference(*counts)
+    assert found.acc == pytest.approx((only_second - only_first) / sum(counts))
+    assert -1 <= found.low <= found.acc <= found.high <= 1
+    mirrored = paired_difference(both, only_second, only_first, neither)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_of_answers_that_do_not_go_together_it_is_the_interval_of_two_independent_samples():
+    # 40 % and 60 % right, independently: phi is 0
+    found = paired_difference(24, 16, 36, 24)
+    expected = gap(Score(60, 100, 0.0), Score(40, 100, 0.0))
+    assert (found.acc, found.low, found.high) == pytest.approx((expected.acc, expected.low, expected.high))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    chances = [0.88, 0.02, 0.06, 0.04]
+    found = [paired_difference(*map(int, counts)) for counts in rng.multinomial(400, chances, 4000)]
+    held = np.mean([one.low <= 0.04 <= one.high for one in found])
+    assert 0.94 <= held <= 0.97
+
+
+def test_two_runs_on_the_same_samples(trained_runs, outputs, capsys):
+    one, other = trained_runs
+    said = json.loads((evaluate(settings(outputs, f"run={one}", f"against={other}")) / "evaluation.json").read_text())
+    paired = said["against"]
+    first, second = (json.loads((folder / "result.json").read_text())["test_acc"] for folder in (one, other))
+    assert (paired["first_acc"], paired["second_acc"]) == (first, second)
+    assert paired["difference"] == pytest.approx(second - first)
+    assert paired["both"] + paired["only_first"] + paired["only_second"] + paired["neither"] == 10_000
+    assert paired["p"] == stats.mcnemar(paired["only_first"], paired["only_second"])
+    assert said["notes"] == []
+    assert f"{100 * (first - second):+.2f} pp" in capsys.readouterr().out
+
+
+def test_who_was_trained_on_the_samples_is_said(trained_runs, outputs):
+    one, other = trained_runs
+    found = evaluate(settings(outputs, f"run={one}", f"against={other}", "split=valid"))
+    mine, theirs = (np.load(folder / "splits.npz") for folder in (one, other))
+    seen = len(np.intersect1d(mine["valid"], theirs["train"]))
+    assert seen > 0
+    (note,) = json.loads((found / "evaluation.json").read_text())["notes"]
+    assert f"was trained on {seen:,} of these 500 samples" in note
+
+
+def test_a_network_beside_itself_differs_in_nothing(trained_runs, outputs):
+    network = load_run(str(trained_runs[0]), outputs, None)
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    batches = [(images[:40], torch.zeros(40, dtype=torch.int64)), (images[40:], torch.ones(24, dtype=torch.int64))]
+    found = compare(network, network, batches)
+    assert (found.only_first, found.only_second, found.p, found.difference) == (0, 0, 1.0, 0.0)
+    assert found.total == 64
+    assert pair(answer(network, batches), answer(network, batches)) == found
+
+
+def test_other_data_of_the_same_shape(trained_runs, outputs, tmp_path):
+    raw_files = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(configs.PROJECT / "data" / "MNIST" / "raw", raw_files)
+    from torchvision import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.FashionMNIST, "resources", datasets.MNIST.resources)
+        words = [f"run={trained_runs[0]}", "data=fashion_mnist", f"data.root={tmp_path}"]
+        said = json.loads((evaluate(settings(outputs, *words)) / "evaluation.json").read_text())
+    assert said["samples"] == "fashion_mnist, test split"
+    assert said["acc"] == json.loads((trained_runs[0] / "result.json").read_text())["test_acc"]  # they are MNIST's
+
+
+def test_data_of_another_shape_or_without_a_test_part_are_refused(trained_runs, outputs, picture_folder):
+    words = [f"run={trained_runs[0]}", "data=image_folder", f"data.root='{picture_folder}'", "data.workers=0"]
+    with pytest.raises(UserError, match="data=image_folder: pictures of 3x64x64, and mlp bn s0 takes 1x28x28"):
+        evaluate(settings(outputs, *words))
+    with pytest.raises(UserError, match="2 classes, and mlp bn s0 knows 10"):
+        evaluate(settings(outputs, *words, "data.channels=1", "data.image_size=28"))
+
+
+def test_runs_are_found_by_folder_name_and_latest(trained_runs, outputs, tmp_path):
+    one, other = trained_runs
+    assert find_run("latest", outputs) == other
+    assert find_run("run0", outputs) == find_run(str(one), outputs) == one
+    job = tmp_path / "sweeps" / "s" / "3_seed=1"
+    shutil.copytree(one, job)
+    (job.parent / "sweep.json").write_text("{}")
+    assert find_run("3_seed=1", tmp_path) == job
+    with pytest.raises(UserError, match="a sweep; name one of the jobs"):
+        find_run(str(job.parent), tmp_path)
+    with pytest.raises(UserError, match="no run in"):
+        find_run("latest", tmp_path)
+    assert load_run(str(job), tmp_path, None).config.seed == 0
+
+
+def test_damaged_weights_are_named(trained_runs, tmp_path):
+    shutil.copytree(trained_runs[0], tmp_path / "runs" / "one")
+    with (tmp_path / "runs" / "one" / "checkpoints" / "best.ckpt").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"xxxx")
+    with pytest.raises(UserError, match=r"best\.ckpt: damaged"):
+        load_run("one", tmp_path, None)
+
+
+def test_weights_of_another_network_are_named(trained_runs, tmp_path):
+    shutil.copytree(trained_runs[0], tmp_path / "runs" / "one")
+    config = composed("model.hidden_dims=[32]", "model.bn=true", f"paths.outputs={tmp_path}")
+    (tmp_path / "runs" / "one" / "config.yaml").write_text(configs.to_yaml(config))
+    with pytest.raises(UserError, match=r"best\.ckpt: not of the network that config.yaml says"):
+        load_run("one", tmp_path, None)
+
+
+REFUSED = {
+    "run=nothing": "run=nothing: no run there",
+    "model_uri=gaplab": "model=gaplab: the registry is in MLflow",
+    "run=00000000000000000000000000000000": "no folder of it here",
+    "against=nothing": "nothing: no run there",
+    "split=all": "split=all: choose one of train, valid, test",
+    "run=latest,model_uri=models:/x/1": "run and model: one of them",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_bad_input_is_named(outputs, words):
+    with pytest.raises(UserError, match=re.escape(REFUSED[words])):
+        evaluate(settings(outputs, *words.split(",")))
+
+
+def test_bad_input_is_one_line(outputs, tmp_path):
+    where = "tracking=none", f"paths.outputs={outputs}"
+    assert_refused(typed("evaluate", *where, "run=nothing (1)", cwd=tmp_path), "run=nothing (1): no run there")
+    assert_refused(typed("evaluate", *where, "run=latest", "model=models:/x/1", cwd=tmp_path), "one of them")

@@ -1,0 +1,174 @@
+"""The gate: who becomes champion, who does not, and why."""
+
+import json
+import re
+
+import pytest
+from conftest import composed, sent, typed
+from hydra import compose, initialize_config_dir
+
+from gaplab import config as configs
+from gaplab import launch
+from gaplab.config import Gate
+from gaplab.errors import UserError
+from gaplab.evaluation import Paired
+from gaplab.metrics import Gap, gap_change, paired_difference
+from gaplab.promotion import decide, promote
+from gaplab.stats import mcnemar
+from gaplab.tracking.registry import Registry
+
+
+def paired(both, only_first, only_second, neither):
+    total = both + only_first + only_second + neither
+    change = paired_difference(both, only_first, only_second, neither)
+    return Paired(
+        total, both, only_first, only_second, neither, (both + only_first) / total, (both + only_second) / total,
+        change.acc, change.low, change.high, mcnemar(only_first, only_second),
+    )  # fmt: skip
+
+
+SMALL_GAP, GAP, LARGE_GAP = Gap(0.01, 0.007, 0.013), Gap(0.02, 0.017, 0.023), Gap(0.04, 0.036, 0.044)
+STAGED = {
+    "better": (paired(9500, 50, 150, 300), GAP, SMALL_GAP, True),
+    "equal": (paired(9600, 60, 60, 280), GAP, GAP, True),
+    "worse": (paired(9500, 150, 50, 300), GAP, GAP, False),
+    "perhaps worse": (paired(95, 2, 1, 2), GAP, GAP, False),
+    "as good with a larger gap": (paired(9600, 60, 60, 280), GAP, LARGE_GAP, False),
+    "of unknown gap": (paired(9600, 60, 60, 280), GAP, None, False),
+}
+
+
+@pytest.mark.parametrize("case", STAGED)
+def test_staged_candidates(case):
+    counts, champion, candidate, passes = STAGED[case]
+    found = decide(counts, champion, candidate, Gate(), against=7)
+    assert found.passed == passes
+    tags = found.tags()
+    assert tags["gate"] == ("passed" if passes else "not passed")
+    assert tags["gate.against"] == "7"
+    assert float(tags["gate.acc_change_low"]) == pytest.approx(counts.low, abs=1e-6)
+
+
+def test_margins_decide():
+    counts = paired(9500, 150, 50, 300)  # 1 pp worse
+    assert not decide(counts, GAP, GAP, Gate(max_acc_loss=0.0126), 1).passed
+    assert decide(counts, GAP, GAP, Gate(max_acc_loss=0.0130), 1).passed
+    same = paired(9600, 60, 60, 280)
+    assert not decide(same, GAP, LARGE_GAP, Gate(max_gap_increase=0.024), 1).passed
+    assert decide(same, GAP, LARGE_GAP, Gate(max_gap_increase=0.026), 1).passed
+
+
+def test_the_change_of_a_gap():
+    found = gap_change(Gap(0.02, 0.017, 0.024), Gap(0.03, 0.026, 0.035))
+    assert found.acc == pytest.approx(0.01)
+    assert found.low == pytest.approx(0.01 - (0.004**2 + 0.004**2) ** 0.5)
+    assert found.high == pytest.approx(0.01 + (0.005**2 + 0.003**2) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """A registry in which four runs were put one after another: the first, an equal, a worse and a better one."""
+    home = tmp_path_factory.mktemp("registry")
+    small = [
+        "trainer.accelerator=cpu",
+        "data.train_size=2000",
+        "data.valid_size=2000",
+        "figures=false",
+        "trainer.threads=1",
+    ]
+    staged = {
+        "first": ["trainer.max_epochs=2", "model.bn=true"],
+        "equal": ["trainer.max_epochs=2", "model.bn=true", "data.eval_batch_size=100"],
+        "worse": ["trainer.max_epochs=1", "optimizer.lr=1e-5"],
+        "better": ["trainer.max_epochs=12", "model.bn=true", "model.dropout=0.2", "optimizer.lr=0.003"],
+    }
+    for name, keys in staged.items():
+        words = ["figures=false", "tracking.log_model=false", f"name={name}"]
+        config = composed(f"paths.outputs={home}", *small, *words, *keys)
+        launch.launch(config, home / "runs" / name)
+    for name in staged:
+        sent(home / "runs" / name)
+        say(home, f"run={name}", "gate.max_gap_increase=0.05")
+    return home
+
+
+def say(outputs, *words):
+    """`python src/promote.py …`, in this process."""
+    with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("promote", [f"paths.outputs={outputs}", *words])
+    promote(configs.promote_from_hydra(cfg))
+
+
+def registry(outputs):
+    return Registry(f"sqlite:///{outputs}/mlflow.db", "gaplab")
+
+
+def test_the_better_and_the_equal_become_champion_and_the_worse_does_not(outputs):
+    versions = registry(outputs).versions()
+    assert [one.tags["run"] for one in versions] == ["first", "equal", "worse", "better"]
+    assert [one.tags["gate"] for one in versions] == ["passed", "passed", "not passed", "passed"]
+    assert versions[0].tags["gate.reason"] == "the first champion: there was none to compare with"
+    assert (versions[1].tags["gate.acc_change"], versions[1].tags["gate.mcnemar_p"]) == ("+0.000000", "1")
+    assert "may be worse by 0.5 pp or more" in versions[2].tags["gate.reason"]
+    assert [one.tags.get("gate.against") for one in versions] == [None, "1", "2", "2"]
+    assert [one.aliases for one in versions] == [[], [], [], ["champion"]]
+    results = [json.loads((outputs / "runs" / name / "result.json").read_text()) for name in ("equal", "better")]
+    change = results[1]["test_acc"] - results[0]["test_acc"]
+    assert float(versions[3].tags["gate.acc_change"]) == pytest.approx(change, abs=1e-6)
+    assert int(versions[3].tags["gate.samples"]) == 10_000
+
+
+def test_people_list_force_and_roll_back(outputs, capsys):
+    done = typed("promote", f"paths.outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "better" in line] == [["4", "champion"]]
+    say(outputs, "version=4")
+    assert capsys.readouterr().out == "gaplab: version 4 is champion already\n"
+    say(outputs, "version=3", "force=true")
+    assert "gaplab: version 3 is champion" in capsys.readouterr().out
+    assert registry(outputs).version(3).tags["gate.reason"] == "made champion by hand"
+    say(outputs, "rollback=true")
+    assert capsys.readouterr().out == "gaplab: version 4 is champion again, version 3 no longer\n"
+    assert registry(outputs).champion().number == 4
+
+
+def test_the_champion_is_evaluated_and_asked_by_its_address(outputs):
+    where = f"paths.outputs={outputs}"
+    done = typed("evaluate", where, "model=models:/gaplab@champion", "against=first")  # as a person types it
+    assert done.returncode == 0, done.stderr
+    better = json.loads((outputs / "runs" / "better" / "result.json").read_text())
+    assert f"accuracy                      {better['test_acc']:.4f}" in done.stdout
+    from mlflow import MlflowClient
+
+    run = MlflowClient(f"sqlite:///{outputs}/mlflow.db").get_run(better["run_id"])
+    assert run.data.metrics["eval/test/acc"] == better["test_acc"]
+
+
+REFUSED = {
+    "version=9": "version=9: gaplab has no such version; known: 1, 2, 3, 4",
+    "run=nothing": "run=nothing: no run there",
+    "rollback=true version=1": "version and rollback: one at a time",
+    "force=true": "force=true: say whose",
+    "tracking=none": "tracking=none: the registry is in MLflow",
+    "tracking.uri=http://127.0.0.1:9": "127.0.0.1:9",
+    "tracking.registered_model=nobody rollback=true": "rollback: nobody has no champion",
+    "tracking.registered_model=a/b": "a name without / : and @",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_bad_input_is_named(outputs, words):
+    with pytest.raises(UserError, match=re.escape(REFUSED[words])):
+        say(outputs, *words.split())
+
+
+def test_a_model_that_takes_other_pictures_stays_challenger(outputs, picture_folder, capsys):
+    keys = [
+        f"paths.outputs={outputs}", "data=image_folder", f"data.root='{picture_folder}'", "data.image_size=8",
+        "data.workers=0", "trainer.max_epochs=1", "figures=false", "tracking.log_model=false", "name=other", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    launch.launch(composed(*keys), outputs / "runs" / "other")
+    sent(outputs / "runs" / "other")
+    say(outputs, "run=other")
+    assert "takes other pictures, or knows other classes, than the champion" in capsys.readouterr().out
+    assert registry(outputs).champion().number == 4
