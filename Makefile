@@ -81,6 +81,7 @@ bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmar
 	@$(BIN)/python benchmarks/scale.py
 	@$(BIN)/python benchmarks/sweeps.py
 	@$(BIN)/python benchmarks/page.py
+	@$(BIN)/python benchmarks/serving.py
 
 clean: ## remove .venv and caches; data and outputs stay
 	rm -rf .venv .venv-cluster .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

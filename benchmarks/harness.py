@@ -67,7 +67,8 @@ def timed(*arguments: str | Path) -> tuple[float, float, float, str]:
 def run(outputs: Path, *words: str) -> tuple[list[dict[str, Any]], float, float, float]:
     """The events of a run's journal; then as `timed`: start, seconds, peak memory in MB."""
     known = set(outputs.glob("runs/*"))
-    begun, seconds, peak, _ = timed(TRAIN, f"paths.outputs={outputs}", *words)
+    # a model is logged when the run has ended, beside whatever is measured next
+    begun, seconds, peak, _ = timed(TRAIN, f"paths.outputs={outputs}", "tracking.log_model=false", *words)
     (folder,) = set(outputs.glob("runs/*")) - known
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     return events, begun, seconds, peak

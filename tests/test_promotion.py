@@ -163,10 +163,9 @@ def test_bad_input_is_named(outputs, words):
 
 
 def test_a_model_that_takes_other_pictures_stays_challenger(outputs, picture_folder, capsys):
-    keys = [
-        f"paths.outputs={outputs}", "data=image_folder", f"data.root='{picture_folder}'", "data.image_size=8",
-        "data.workers=0", "trainer.max_epochs=1", "figures=false", "tracking.log_model=false", "name=other", "trainer.accelerator=cpu",
-    ]  # fmt: skip
+    where = [f"paths.outputs={outputs}", "data=image_folder", f"data.root='{picture_folder}'", "name=other"]
+    small = ["data.image_size=8", "data.workers=0", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    keys = [*where, *small, "figures=false", "tracking.log_model=false"]
     launch.launch(composed(*keys), outputs / "runs" / "other")
     sent(outputs / "runs" / "other")
     say(outputs, "run=other")
