@@ -77,7 +77,7 @@ def best_network(folder: Path, config: Config) -> tuple[Network, Facts]:
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{plain(path)}: not of the network that config.yaml says ({plain(reason)[:200]})") from None
-    return network.eval(), facts
+    return network.eval().requires_grad_(False), facts
 
 
 def log(folder: Path, run_id: str, allowed_targets: list[str], uri: str) -> str:
