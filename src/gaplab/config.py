@@ -60,7 +60,15 @@ RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
-CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
+QUESTIONS = {
+    "overfitting": "Does BatchNorm shrink the overfitting gap?",
+    "higher_lr": "Does BatchNorm allow higher learning rates, and so train in fewer steps?",
+    "init_robustness": "Does BatchNorm make the result depend less on the initial weights?",
+    "dropout_redundant": "Does BatchNorm make dropout useless?",
+    "activations": "Does BatchNorm keep activations from becoming too high or too low?",
+    "identity": "Do alpha = sqrt(Var) and beta = E make BatchNorm the identity?",
+}
+CLAIMS = tuple(QUESTIONS)
 PROCESSES_PER_CORE = 4  # more only wait for each other
 POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
 SCALE = Range(0, 1e38, "(]")  # what float32 can hold
