@@ -68,8 +68,7 @@ format: $(READY) ## put the code into its one format
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this machine alone
-	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
-		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
+	@$(BIN)/python src/ui.py "port=$(PORT)" "paths.outputs=$(OUTPUTS)"
 
 bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; 40 minutes on an idle machine
 	@$(BIN)/python benchmarks/startup.py

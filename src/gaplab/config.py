@@ -454,6 +454,14 @@ class Sync:
     paths: Paths = field(default_factory=Paths)
 
 
+@dataclass
+class Ui:
+    """What `src/ui.py` serves, and where."""
+
+    port: int = key(5000, "Port of 127.0.0.1 to listen on.", Range(1, 65535))
+    paths: Paths = field(default_factory=Paths)
+
+
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model, MLP, CNN, ResNet, TorchvisionResNet),
     "data": (TorchvisionData, ImageFolder),
@@ -477,6 +485,7 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(name="report_schema", node=Report)
     store.store(name="sync_schema", node=Sync)
+    store.store(name="ui_schema", node=Ui)
     store.store(name="evaluate_schema", node=Evaluate)
     store.store(name="predict_schema", node=Predict)
     store.store(name="promote_schema", node=Promote)
@@ -514,6 +523,14 @@ def sync_from_hydra(cfg: Any) -> Sync:
     """The typed config of a sync. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Sync)
+    return config
+
+
+def ui_from_hydra(cfg: Any) -> Ui:
+    """The typed, checked config of MLflow's pages. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Ui)
+    _check_ranges(config)
     return config
 
 
