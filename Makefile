@@ -68,8 +68,7 @@ format: $(READY) ## put the code into its one format
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this machine alone
-	@$(BIN)/mlflow server --backend-store-uri sqlite:///$(OUTPUTS)/mlflow.db --host 127.0.0.1 --port $(PORT) \
-		--allowed-hosts localhost:$(PORT),127.0.0.1:$(PORT) --workers 1
+	@$(BIN)/python src/ui.py "port=$(PORT)" "paths.outputs=$(OUTPUTS)"
 
 serve: $(READY) ## the champion of the registry behind HTTP on http://127.0.0.1:5001, for this machine alone; see docs/serving.md
 	@$(BIN)/python src/serve.py paths.outputs=$(OUTPUTS)

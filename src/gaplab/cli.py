@@ -26,6 +26,7 @@ from gaplab.config import (
     report_from_hydra,
     serve_from_hydra,
     sync_from_hydra,
+    ui_from_hydra,
 )
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain
@@ -122,6 +123,15 @@ Nothing is sent twice; runs that are still going send for themselves.
 Change any key with key=value:
 
 {keys}"""
+UI_HELP = """\
+gaplab: MLflow's pages for the runs on this machine, and for it alone.
+
+  python src/ui.py                                         on http://127.0.0.1:5000; prints where to look first
+  python src/ui.py port=5001 paths.outputs=<folder>        another port, another folder of runs
+
+Change any key with key=value:
+
+{keys}"""
 _status = 1  # of a traceback, which alone does not pass through `_leave`
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"
 
@@ -213,6 +223,11 @@ def report_help(overrides: list[str]) -> str:
 def sync_help(overrides: list[str]) -> str:
     """What can be typed, as in `train_help`."""
     return SYNC_HELP.format(keys=_keys_of(sync_from_hydra(_compose("sync", overrides))))
+
+
+def ui_help(overrides: list[str]) -> str:
+    """What can be typed, as in `train_help`."""
+    return UI_HELP.format(keys=_keys_of(ui_from_hydra(_compose("ui", overrides))))
 
 
 def evaluate_help(overrides: list[str]) -> str:

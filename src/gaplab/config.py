@@ -60,7 +60,15 @@ RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
-CLAIMS = ("overfitting", "higher_lr", "init_robustness", "dropout_redundant", "activations", "identity")
+QUESTIONS = {
+    "overfitting": "Does BatchNorm shrink the overfitting gap?",
+    "higher_lr": "Does BatchNorm allow higher learning rates, and so train in fewer steps?",
+    "init_robustness": "Does BatchNorm make the result depend less on the initial weights?",
+    "dropout_redundant": "Does BatchNorm make dropout useless?",
+    "activations": "Does BatchNorm keep activations from becoming too high or too low?",
+    "identity": "Do alpha = sqrt(Var) and beta = E make BatchNorm the identity?",
+}
+CLAIMS = tuple(QUESTIONS)
 USUAL_TARGETS = ("gaplab", "torch", "torchvision", "lightning")  # packages that a config may name without more
 PROCESSES_PER_CORE = 4  # more only wait for each other
 POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
@@ -456,6 +464,14 @@ class Sync:
     paths: Paths = field(default_factory=Paths)
 
 
+@dataclass
+class Ui:
+    """What `src/ui.py` serves, and where."""
+
+    port: int = key(5000, "Port of 127.0.0.1 to listen on.", Range(1, 65535))
+    paths: Paths = field(default_factory=Paths)
+
+
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model, MLP, CNN, ResNet, TorchvisionResNet),
     "data": (TorchvisionData, ImageFolder),
@@ -479,6 +495,7 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(name="report_schema", node=Report)
     store.store(name="sync_schema", node=Sync)
+    store.store(name="ui_schema", node=Ui)
     store.store(name="evaluate_schema", node=Evaluate)
     store.store(name="predict_schema", node=Predict)
     store.store(name="promote_schema", node=Promote)
@@ -517,6 +534,14 @@ def sync_from_hydra(cfg: Any) -> Sync:
     """The typed config of a sync. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Sync)
+    return config
+
+
+def ui_from_hydra(cfg: Any) -> Ui:
+    """The typed, checked config of MLflow's pages. Raises UserError."""
+    config = _to_object(cfg)
+    assert isinstance(config, Ui)
+    _check_ranges(config)
     return config
 
 

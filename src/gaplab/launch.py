@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import cache
 from importlib import metadata
@@ -22,6 +22,7 @@ from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
 from gaplab.machine import uncollected
+from gaplab.notes import NOTE, of_run
 from gaplab.recovery import recover
 from gaplab.result import RunResult, print_summary, print_times
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
@@ -46,13 +47,14 @@ def main(config: Config, typed: list[str]) -> Path | None:
     return folder
 
 
-def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -> RunResult:
+def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, condition: str = "") -> RunResult:
     """Run the job that `config` says, or go on with it where a checkpoint in `folder` left it.
 
     Args:
         config: checked.
         folder: None makes a new one.
         in_sweep: speak into `<folder>/console.log`, and leave MLflow to the sweep's sender.
+        condition: what the run's replicates share, in words; its name without the seed where nothing is said.
 
     `result.json` is written however it ends. Raises UserError or TrainingError, after the run is recorded as FAILED,
     and Interrupted, as KILLED.
@@ -69,6 +71,7 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False) -
         name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
+        tags["replicates"] = condition or name.removesuffix(f" s{config.seed}")
         settings = None if in_sweep else tracking(folder, config)
         tracker = Tracker(folder, settings, name, tags, config.allowed_targets)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))
@@ -142,6 +145,7 @@ def _recorded(
         with ignored:
             if result.error:
                 tracker.tags({"error": result.error[:5000], "diverged": str(result.diverged).lower()})
+            tracker.tags({NOTE: of_run(asdict(result))})
             with result.timed("tracking"):
                 log_model &= result.status == "FINISHED"
                 result.run_id = tracker.finish(result.status, wait_s, log_model) or result.run_id

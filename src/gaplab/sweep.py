@@ -29,6 +29,7 @@ from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.machine import usable_cores
+from gaplab.notes import NOTE, asked, counts, joined
 from gaplab.recovery import recover
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, append, has_ended, read_journal
 
@@ -131,7 +132,7 @@ def run_saved(folder: Path, in_here: bool = False) -> None:
         with FileLock(folder / ".lock"):  # a job that outlived its sweep ends first
             finished = is_finished(folder, config)
         if not finished:
-            launch.launch(config, folder, in_sweep=True)
+            launch.launch(config, folder, in_sweep=True, condition=_condition_of(folder))
 
 
 @contextmanager
@@ -344,6 +345,8 @@ def _run(
         claim = jobs[0].config.sweep.claim
         tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
         tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
+        question = _asked(folder, jobs)
+        tracker.tags({NOTE: joined(question, f"{len(waiting)} of {len(jobs)} runs are to come.")})
         recover(folder.parent.parent, settings)
         for job in jobs:
             if str(job.folder) not in old:
@@ -374,6 +377,12 @@ def _run(
                 status = "FAILED"
             attempt = sum(event["event"] == "run" for event in read_journal(folder))
             tracker.metrics({"sweep/jobs": len(jobs), "sweep/failed": sum(lost)}, attempt)
+            reasons = {
+                job.folder.name: str(result.get("error") or result.get("status", "not begun"))
+                for job, result, is_lost in zip(jobs, results, lost, strict=True)
+                if is_lost
+            }
+            tracker.tags({NOTE: joined(question, counts(reasons, len(jobs)))})
             tracker.finish(status, wait_s)
             labels = conditions(jobs)
             keys = [word for word in hydra_config.hydra.overrides.hydra if "hydra.launcher." in word]
@@ -382,6 +391,36 @@ def _run(
             print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
+
+
+def _asked(folder: Path, jobs: list[Job]) -> str:
+    """What the sweep asks, for its page in MLflow."""
+    said = read_json(folder / "sweep.json")["overrides"]
+    factors: dict[str, list[str]] = {}
+    for job in jobs:
+        for word in job.overrides:
+            name, _, level = word.lstrip("+").partition("=")
+            if level not in factors.setdefault(name, []):
+                factors[name].append(level)
+    config = jobs[0].config
+    claim = config.sweep.claim
+    return asked(
+        f"{config.model.name} on {config.data.name}, {config.trainer.max_epochs} epochs",
+        {name: levels for name, levels in factors.items() if name != "seed" and len(levels) > 1},
+        sorted({job.config.seed for job in jobs}),
+        len(jobs),
+        # where its files are is nobody else's matter
+        f"python src/train.py -m {shlex.join(word for word in said if not word.startswith(('paths.', 'tracking.')))}",
+        configs.QUESTIONS.get(claim or ""),
+        claim,
+    )
+
+
+def _condition_of(folder: Path) -> str:
+    """What tells the condition of the job in `folder` from the others', in words; nothing where there is but one."""
+    jobs = dict(listed_jobs(folder.parent))
+    words = _own_words([[word for word in said if not word.startswith("seed=")] for said in jobs.values()])
+    return " ".join(dict(zip(jobs, words, strict=True)).get(folder.name, []))
 
 
 def _is_running(folder: Path) -> bool:

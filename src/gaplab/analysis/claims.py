@@ -17,6 +17,7 @@ from itertools import pairwise
 from gaplab import stats
 from gaplab.analysis.compare import Condition, Section
 from gaplab.analysis.runs import Run
+from gaplab.config import QUESTIONS
 
 RATIO_MARGIN = math.log(1.1)
 STABLE_WITHIN = 0.05  # a rate is stable when it costs at most this much of the valid accuracy of the best one
@@ -39,12 +40,11 @@ class CannotSayError(Exception):
 
 def judge(claim: str, section: Section, margin: float) -> Verdict:
     """The verdict on `claim`, one of `config.CLAIMS`; `margin` of accuracy counts as equal."""
-    question, rule = RULES[claim]
     try:
-        found = rule(section, margin)
+        found = RULES[claim](section, margin)
     except CannotSayError as error:
         found = Verdict("", "", "inconclusive", str(error))
-    found.claim, found.question = claim, question
+    found.claim, found.question = claim, QUESTIONS[claim]
     if found.verdict != "inconclusive":
         found.seeds_needed = None
     return found
@@ -285,13 +285,13 @@ def identity(section: Section, margin: float) -> Verdict:
     )
 
 
-RULES: dict[str, tuple[str, Callable[[Section, float], Verdict]]] = {
-    "overfitting": ("Does BatchNorm shrink the overfitting gap?", overfitting),
-    "higher_lr": ("Does BatchNorm allow higher learning rates, and so train in fewer steps?", higher_lr),
-    "init_robustness": ("Does BatchNorm make the result depend less on the initial weights?", init_robustness),
-    "dropout_redundant": ("Does BatchNorm make dropout useless?", dropout_redundant),
-    "activations": ("Does BatchNorm keep activations from becoming too high or too low?", activations),
-    "identity": ("Do alpha = sqrt(Var) and beta = E make BatchNorm the identity?", identity),
+RULES: dict[str, Callable[[Section, float], Verdict]] = {
+    "overfitting": overfitting,
+    "higher_lr": higher_lr,
+    "init_robustness": init_robustness,
+    "dropout_redundant": dropout_redundant,
+    "activations": activations,
+    "identity": identity,
 }
 
 

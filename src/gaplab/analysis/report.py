@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gaplab import config as configs
-from gaplab import stats
+from gaplab import notes, stats
 from gaplab.analysis.claims import Verdict, judge
 from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
@@ -55,6 +55,8 @@ def report(settings: configs.Report) -> Path:
         for path in _write(folder, content, found.runs, parts, metrics):
             if tracker is not None:
                 tracker.artifact(path, "report")
+        if tracker is not None and found.folder is not None:
+            tracker.tags({notes.NOTE: notes.joined(_asked(found.folder), notes.found(content))})
     console.print(f"page      {folder / 'report.html'}", markup=False, soft_wrap=True)
     return folder
 
@@ -127,6 +129,12 @@ def _parent(found: Collection, uri: str) -> Iterator[Tracker | None]:
         if tracker is not None:
             stack.callback(tracker.close)
         yield tracker
+
+
+def _asked(folder: Path) -> str:
+    """What the sweep's description in MLflow says that it asks."""
+    said = [event["values"].get(notes.NOTE) for event in read_journal(folder) if event["event"] == "tags"]
+    return notes.asked_of(next((note for note in reversed(said) if isinstance(note, str)), ""))
 
 
 def _content(

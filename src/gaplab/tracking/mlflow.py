@@ -24,6 +24,8 @@ from typing import Any
 
 from gaplab.config import USUAL_TARGETS, masked
 from gaplab.files import read_json, write_whole
+from gaplab.notes import NOTE
+from gaplab.tracking import dashboard
 from gaplab.tracking.outbox import Entry, Journal
 
 HTTP_TIMEOUT_S = 20  # nobody waits for the sender
@@ -74,14 +76,23 @@ class Sender:
         if found is None:
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(self.client.create_experiment(name, artifacts, tags=tags))
+                made = str(self.client.create_experiment(name, artifacts, tags=tags))
+                self._show(made, {})
+                return made
             except MlflowException:  # another start was faster
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
             raise RefusedError(f"the experiment {name} is deleted in MLflow; restore it, or name another")
+        self._show(str(found.experiment_id), found.tags)
         return str(found.experiment_id)
+
+    def _show(self, experiment: str, tags: dict[str, str]) -> None:
+        """Describe the experiment and give its pages gaplab's views; no reason to keep a run from MLflow."""
+        with contextlib.suppress(Exception):  # of MLflow, the network
+            for name, value in dashboard.missing(tags).items():
+                self.client.set_experiment_tag(experiment, name, value)
 
     def begin(self, journal: Journal, entry: Entry, parent: str | None) -> None:
         """Create the run, or set it running once more; `parent` is the run of the sweep that it belongs to."""
@@ -122,7 +133,10 @@ class Sender:
             case "params":
                 yield from self._batches(run_id, "params", [Param(*item) for item in event["values"].items()])
             case "tags":
-                yield from self._batches(run_id, "tags", [RunTag(*item) for item in event["values"].items()])
+                tags = [RunTag(*item) for item in event["values"].items() if item[0] != NOTE]
+                yield from self._batches(run_id, "tags", tags)
+                if note := event["values"].get(NOTE):
+                    yield partial(self._describe, journal, run_id, str(note))
             case "metrics":
                 when, step = _ms(event), int(event["step"])
                 metrics = [
@@ -167,6 +181,11 @@ class Sender:
             raise ModelError(said)
         self.client.set_tag(run_id, "model/problem", said[:5000])
         raise RefusedError(f"{folder}: its model is not logged: {said}")
+
+    def _describe(self, journal: Journal, run_id: str, note: str) -> None:
+        """Unless a person has written a description meanwhile."""
+        if self.client.get_run(run_id).data.tags.get(NOTE) in (None, "", journal.described):
+            self.client.set_tag(run_id, NOTE, note)
 
     def _batches(self, run_id: str, kind: str, items: list[Any]) -> Iterator[Callable[[], Any]]:
         for start in range(0, len(items), BATCH[kind]):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gaplab.files import read_json
+from gaplab.notes import NOTE
 from gaplab.tracking.journal import append, journal_of, parsed, read_receipt, write_receipt
 
 
@@ -31,6 +32,7 @@ class Journal:
         reopened: whether the newest beginning is a report's.
         waiting: the events yet to be sent, in order.
         measured: the value of each (metric, step) sent so far.
+        described: the description sent last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,6 +46,7 @@ class Journal:
         self.ended = self.reopened = False
         self.waiting: deque[Entry] = deque()
         self.measured: dict[tuple[str, int], float] = {}
+        self.described: str | None = None
         path = journal_of(folder)
         size = path.stat().st_size if path.is_file() else 0
         self._sent = self._receipt.get("sent", 0)
@@ -89,6 +92,8 @@ class Journal:
     def _note(self, event: dict[str, Any]) -> None:
         if event["event"] == "metrics" and isinstance(event.get("values"), dict):
             self.measured |= {(name, event.get("step", 0)): value for name, value in event["values"].items()}
+        if event["event"] == "tags":
+            self.described = event["values"].get(NOTE, self.described)
 
     def measured_before(self, name: str, step: int, value: float) -> bool:
         """Whether a later attempt has measured the same once more: the same value, or a time, which never is."""

@@ -1,0 +1,195 @@
+"""Descriptions of runs, in Markdown, for the pages of MLflow: what was asked, and what was found.
+
+They are tags of the run, `mlflow.note.content`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NOTE = "mlflow.note.content"
+LONGEST = 8000  # characters of a tag's value that MLflow takes
+FOUND = "### What was found"
+SHOWN = 12  # contrasts of a table, conditions have three times as many
+
+
+def code(text: object) -> str:
+    """`text` as it is, in the type of a machine."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def escaped(text: object) -> str:
+    """`text` as it is, whatever Markdown would make of it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(str(text).split()))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells in Markdown; the first column is aligned to the left, numbers to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |"
+
+    return "\n".join([line(headings), line(["---"] + ["---:"] * (len(headings) - 1)), *map(line, rows)])
+
+
+def joined(asked: str, found: str) -> str:
+    """A whole description, cut after a line where it is longer than MLflow takes."""
+    text = "\n\n".join(part for part in (asked, f"{FOUND}\n\n{found}") if part)
+    if len(text) <= LONGEST:
+        return text
+    rest = "\n\n… cut here; the report has all of it"
+    return text[: LONGEST - len(rest)].rpartition("\n")[0] + rest
+
+
+def asked_of(note: str) -> str:
+    """The part of a description that says what was asked."""
+    return note.partition(FOUND)[0].strip()
+
+
+def asked(
+    kind: str,
+    factors: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    runs: int,
+    command: str,
+    question: str | None = None,
+    claim: str | None = None,
+) -> str:
+    """What a sweep asks.
+
+    Args:
+        kind: of runs, such as "mlp on mnist, 10 epochs".
+        factors: {what is varied: its levels}.
+        seeds: of the replicates.
+        runs: how many.
+        command: that asks it.
+        question, claim: of a claim.
+    """
+    parts = ["### What was asked"]
+    if question:
+        parts.append(f"**{escaped(question)}** (claim {code(claim)})")
+    conditions = "one condition"
+    if factors:
+        listed = [[code(name), ", ".join(map(code, levels))] for name, levels in factors.items()]
+        parts.append(table(["factor", "levels"], listed).replace("---:", "---"))
+        conditions = "every condition"
+    parts.append(f"{runs} runs of {escaped(kind)}: {conditions} with {_seeds(seeds)}.")
+    parts.append(code(command))
+    return "\n\n".join(parts)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seeds {', '.join(map(str, seeds))}"
+
+
+def counts(lost: Mapping[str, str], runs: int) -> str:
+    """How a sweep ended; `lost` says of each job that did not finish why not."""
+    lines = [f"{runs - len(lost)} of {runs} runs finished."]
+    lines += [f"- {code(name)}: {escaped(reason[:200])}" for name, reason in list(lost.items())[:SHOWN]]
+    if len(lost) > SHOWN:
+        lines.append(f"- … and {len(lost) - SHOWN} more")
+    return "\n".join(lines) + f"\n\n{code('python src/report.py')} compares its conditions."
+
+
+def of_run(result: Mapping[str, Any]) -> str:
+    """What a single run came to, from what its `result.json` holds."""
+    status, best = result["status"], result["best"]
+    parts = [] if status == "FINISHED" else [f"**{status}** {escaped(result['error'] or '')}".strip()]
+    if best and result["train_acc"] is not None:
+        gap = f"{100 * result['gap_acc']:+.2f} pp [{_interval(result)}]"
+        parts.append(f"**Gap {gap}** after {result['epochs']} epochs, with its 95 % interval.")
+        rows = [
+            ["last epoch", str(result["epochs"]), *_row(result), "–"],
+            ["best valid", f"{best['epoch']:g}", *_row(best), _number(result["test_acc"])],
+        ]
+        parts.append(table(["", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"], rows))
+        parts.append(f"{result['params']:,} parameters, {result['fit_s']:.1f} s on {escaped(result['device'])}")
+    return "\n\n".join(parts)[:LONGEST]
+
+
+def _row(values: Mapping[str, Any]) -> list[str]:
+    train, valid, gap = (values.get(name) for name in ("train_acc", "valid_acc", "gap_acc"))
+    return [_number(train), _number(valid), "–" if gap is None else f"{100 * gap:+.2f}", _interval(values)]
+
+
+def _interval(values: Mapping[str, Any]) -> str:
+    low, high = values.get("gap_acc_low"), values.get("gap_acc_high")
+    return "–" if low is None or high is None else f"{100 * low:+.2f}, {100 * high:+.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def found(content: Mapping[str, Any]) -> str:
+    """What a report says, from what its `report.json` holds: verdicts, conditions, contrasts, runs that failed."""
+    parts = []
+    for verdict in content["verdicts"]:
+        needed = f" ({verdict['seeds_needed']} seeds would decide)" if verdict["seeds_needed"] else ""
+        parts.append(f"{escaped(verdict['question'])} **{verdict['verdict']}**{needed}: {escaped(verdict['summary'])}")
+    runs = content["runs"]
+    lost = sum(run["status"] != "FINISHED" for run in runs)
+    parts.append(f"{len(runs) - lost} of {len(runs)} runs finished" + (f", **{lost} failed**." if lost else "."))
+    for section in content["sections"]:
+        parts.append(
+            f"**{escaped(section['data'])}**, last epoch, mean ± standard deviation over seeds; test of the best epoch"
+        )
+        parts.append(_conditions(section["conditions"]))
+        parts += _contrasts(section, content["margin"])
+    parts.append("Intervals, tests and figures: Artifacts, `report/report.html`.")
+    return "\n\n".join(parts)
+
+
+def _conditions(conditions: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            code(one["label"]),
+            str(len(one["seeds"])),
+            *(_estimate(one["estimates"].get(metric)) for metric in ("train/acc", "valid/acc")),
+            _estimate(one["estimates"].get("gap/acc"), 100, 2),
+            _estimate(one["estimates"].get("test/acc")),
+        ]
+        for one in conditions[: 3 * SHOWN]
+    ]
+    text = table(["condition", "seeds", "train", "valid", "gap, pp", "test"], rows)
+    return text + (f"\n\n… and {len(conditions) - 3 * SHOWN} more" if len(conditions) > 3 * SHOWN else "")
+
+
+def _estimate(estimate: Mapping[str, Any] | None, factor: int = 1, digits: int = 4) -> str:
+    if estimate is None:
+        return "–"
+    sd = "" if estimate["sd"] is None else f" ± {factor * estimate['sd']:.{digits}f}"
+    return f"{factor * estimate['mean']:.{digits}f}{sd}"
+
+
+def _contrasts(section: Mapping[str, Any], margin: float) -> Iterable[str]:
+    """A list for each metric and family: what differs, by how much, and whether that is real."""
+    for metric, families in section["contrasts"].items():
+        for family, contrasts in families.items():
+            if not contrasts or (family == "against" and len(section["factors"]) < 2):  # with one, both say the same
+                continue
+            first = section["conditions"][0]["label"]
+            what = "effects of what was varied" if family == "effects" else f"each condition against {code(first)}"
+            lines = [f"**{escaped(metric)}**, {what} (equivalent: within {100 * margin:g} pp)", ""]
+            lines += [f"- {_contrast(metric, one)}" for one in contrasts[:SHOWN]]
+            if len(contrasts) > SHOWN:
+                lines.append(f"- … and {len(contrasts) - SHOWN} more")
+            yield "\n".join(lines)
+
+
+def _contrast(metric: str, one: Mapping[str, Any]) -> str:
+    factor, digits, unit = (100, 2, " pp") if "acc" in metric else (1, 4, "")
+    size = ""
+    if one["difference"] is not None:
+        size = f" {factor * one['difference']:+.{digits}f}{unit}"
+        if one["low"] is not None and one["high"] is not None:
+            size += f" [{factor * one['low']:+.{digits}f}, {factor * one['high']:+.{digits}f}]"
+    needed = f" ({one['seeds_needed']} seeds would decide)" if one["seeds_needed"] else ""
+    return f"{code(one['name'])}{size}: **{one['verdict']}**{needed}"
