@@ -59,7 +59,7 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", said: str) -> None:
     assert said in done.stderr
 
 
-def sent(folder: Path, seconds: float = 120) -> None:
+def sent(folder: Path, seconds: float = 240) -> None:
     """Wait until MLflow has all of a run, its model included."""
     deadline = time.monotonic() + seconds
     while read_receipt(folder).get("sent") != journal_of(folder).stat().st_size:

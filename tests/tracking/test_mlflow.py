@@ -184,7 +184,7 @@ def runs_of(tracking) -> list:
 class SenderInThisProcess:
     """Sends all at once when it is waited for; a process of its own takes seconds to import MLflow."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *_: object) -> None:
         self._folder = folder
 
     def poll(self) -> int:
@@ -260,7 +260,7 @@ def test_a_later_attempt_and_a_report_go_on_in_the_same_run(tmp_path: Path, send
 
 
 def test_a_report_on_a_killed_run_does_not_bring_it_back_to_life(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda folder: None)
+    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda *_: None)
     write(tmp_path / "run", "run", "metrics")
     tracker = Tracker.reopen(tmp_path / "run")
     tracker.close()
