@@ -278,7 +278,7 @@ class Recorder:
     calls: ClassVar[list[tuple[str, str]]] = []
     trouble: ClassVar[Callable[[str, str], Exception | None]]
 
-    def __init__(self, store) -> None:
+    def __init__(self, store, *_) -> None:
         if error := self.trouble("", "connect"):
             raise error
 
