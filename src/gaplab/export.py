@@ -74,7 +74,7 @@ def best_network(folder: Path, config: Config) -> tuple[Network, Facts]:
             network.double()
         state = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
         network.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"{plain(path)}: not of the network that config.yaml says ({plain(reason)[:200]})") from None
     return network.eval().requires_grad_(False), facts

@@ -102,11 +102,18 @@ def _of_folder(source: Path, folder: Path | None, run_id: str | None, typed: Seq
     config = configs.loads(read_text(source / "config.yaml"), str(source / "config.yaml"), typed)
     network, facts = best_network(source, config)
     model = Probabilities(network).eval()
+
+    @torch.inference_mode()
+    def probabilities(images: Tensor) -> Tensor:
+        half = config.trainer.precision == "bf16-mixed"  # as it was trained and measured
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(images)
+
     return Trained(
         facts.name,
         facts.classes,
         (facts.in_shape[0], facts.in_shape[1], facts.in_shape[2]),
-        torch.inference_mode()(model),
+        probabilities,
         config,
         facts.digest,
         folder,
