@@ -111,7 +111,7 @@ def _schemas(group: str) -> Iterator[tuple[str, str]]:
 
 def _launchers() -> Iterator[str]:
     yield "\n## launcher\n"
-    yield "Who runs the jobs of a sweep: `hydra/launcher=basic` one after another, the default, `joblib` side by side, or:"
+    yield "Who runs the jobs of a sweep: `hydra/launcher=basic` one after another, `joblib` side by side, or"
     yield "\n| choice | keys, with their defaults |\n|---|---|"
     for path in sorted((CONF / "hydra" / "launcher").glob("*.yaml")):
         values = yaml.safe_load(path.read_text())
