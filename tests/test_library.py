@@ -47,7 +47,7 @@ def test_the_pages_code_runs_and_prints_what_the_page_says(tmp_path, capfd):
     names = {}
     exec(code.replace('"trainer.max_epochs=2"', small), names)
     printed = capfd.readouterr().out
-    said = re.search(r"\n\n```\n(.*?)```", PAGE, re.DOTALL)[1]
+    said = re.search(r"```text\n(.*?)```", PAGE, re.DOTALL)[1]
     assert printed.startswith(said)
     assert printed.splitlines()[-1].startswith("inconclusive ")
     assert len(list((tmp_path / "runs").iterdir())) == 4
