@@ -18,7 +18,8 @@ from gaplab.config import Serve
 from gaplab.errors import UserError
 from gaplab.tracking.journal import read_receipt
 from gaplab.tracking.registry import Registry
-from gaplab.tracking.serving import check_port, serve
+from gaplab.tracking.server import check_port
+from gaplab.tracking.serving import serve
 from gaplab.trained import load_run
 
 
@@ -55,7 +56,7 @@ def server(champion):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted\n")
-    check_port(port)
+    check_port(port, "free again")
 
 
 def ask(port, body, kind="application/json", path="/invocations"):
