@@ -26,7 +26,7 @@ BASES: dict[str, type] = {"model": configs.Model, "data": configs.Data, "optimiz
 PARTS = {"metrics": configs.Metrics, "checkpoint": configs.Checkpoint, "gate": configs.Gate, "sweep": configs.Sweep,
          "paths": configs.Paths}  # fmt: skip
 COMMANDS = {"report": configs.Report, "evaluate": configs.Evaluate, "predict": configs.Predict,
-            "promote": configs.Promote, "serve": configs.Serve, "sync": configs.Sync}  # fmt: skip
+            "promote": configs.Promote, "serve": configs.Serve, "sync": configs.Sync, "ui": configs.Ui}  # fmt: skip
 INTRODUCTION = """\
 # Configuration
 

@@ -145,7 +145,7 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: t
         paths: keys whose values are file names or addresses, which Hydra then takes as they are. If `model_uri` is one,
             it may be typed as `model`, which Hydra takes for the config group of that name.
     """
-    sys.argv[1:] = [_quoted(word, paths) for word in sys.argv[1:]]
+    sys.argv[1:] = [as_hydra_reads(word, paths) for word in sys.argv[1:]]
     atexit.register(_skip_teardown)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
     words = sys.argv[1:]
@@ -171,8 +171,9 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: t
     _leave(0)
 
 
-def _quoted(word: str, paths: tuple[str, ...]) -> str:
-    """`images=a (1).png` as Hydra wants it: `images='a (1).png'`. Lists and what is quoted already stay."""
+def as_hydra_reads(word: str, paths: tuple[str, ...]) -> str:
+    """`images=a (1).png` as Hydra wants it, `images='a (1).png'`, and `model=…` as `model_uri=…`; see `run`. Lists and
+    what is quoted already stay."""
     name, equals, value = word.partition("=")
     if name == "model" and "model_uri" in paths:
         name, word = "model_uri", f"model_uri={value}"
