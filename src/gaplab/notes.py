@@ -10,7 +10,7 @@ from typing import Any
 NOTE = "mlflow.note.content"
 LONGEST = 8000  # characters of a tag's value that MLflow takes
 ASKED = "### What was asked"
-WIDE = "\u2003"
+WIDE = "&emsp;"
 SHOWN = 12  # contrasts of a table, conditions have three times as many
 
 
@@ -195,4 +195,4 @@ def _contrast(metric: str, one: Mapping[str, Any]) -> str:
         if one["low"] is not None and one["high"] is not None:
             size += f" [{factor * one['low']:+.{digits}f}, {factor * one['high']:+.{digits}f}]"
     needed = f" ({one['seeds_needed']} seeds would decide)" if one["seeds_needed"] else ""
-    return f"{code(one['name'])}{size}: **{one['verdict']}**{needed}"
+    return f"{code(one['name'])} **{one['verdict']}**{size and ','}{size}{needed}"

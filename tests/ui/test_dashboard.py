@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from PIL import Image
@@ -28,7 +29,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from gaplab import config as configs
 from gaplab.tracking import dashboard
 
-SHOTS = os.environ.get("GAPLAB_SCREENSHOTS")
+SHOTS = os.environ.get("GAPLAB_SCREENSHOTS") or None
 SEEDS = 6 if SHOTS else 3
 SMALL = ["data.train_size=2000", "data.valid_size=2000", "trainer.max_epochs=6"]
 FLAGS = [
@@ -81,8 +82,7 @@ class Browser:
             except StaleElementReferenceException:
                 pass
             if time.monotonic() > deadline:
-                self.driver.save_screenshot("/tmp/gaplab-ui-failed.png")
-                pytest.fail(f"{what} is not on {self.driver.current_url}\n{self.text()[:2000]}")
+                pytest.fail(f"{what} is not on {self.driver.current_url}\n{self.text()[:1000]}")
             time.sleep(0.1)
 
     def text(self) -> str:
@@ -281,19 +281,25 @@ def test_the_charts_of_train_valid_and_gap_come_first_as_means_over_seeds(page: 
     page.open(served.views["conditions"])
     arms = 5  # four conditions and the single run
 
-    def drawn() -> bool:
-        lines, bars = charts(page)[:3], charts(page)[3:6]
-        return (
-            [name for name, _, _ in lines + bars]
-            == ["train/acc", "valid/acc", "gap/acc", "test/acc", "valid/acc", "gap/acc"]
-            and all(count >= arms for _, count, _ in lines)
-            and all(count == arms for _, _, count in bars)
+    def lines() -> bool:
+        found = charts(page)[:3]
+        return [name for name, _, _ in found] == ["train/acc", "valid/acc", "gap/acc"] and all(
+            count >= arms for _, count, _ in found
         )
 
-    page.until("the charts", drawn)
-    page.says("Train, valid and gap (3)")
+    page.until("the curves", lines)
+    page.says("Train, valid and gap\n(3)")
     page.until("the conditions", lambda: "bn=true dropout=0.5" in page.driver.page_source)
     page.shoot("conditions")
+
+    def bars() -> bool:
+        """Charts are drawn when they come into view."""
+        for section in page.all("[data-testid='experiment-view-compare-runs-section-header']")[1:2]:
+            page.driver.execute_script("arguments[0].scrollIntoView()", section)
+        found = [name for name, _, count in charts(page) if count == arms]
+        return found == ["test/acc", "valid/acc", "gap/acc"]
+
+    page.until("the bars", bars)
 
 
 def test_the_report_is_read_among_the_artifacts_of_the_sweep(page: Browser, served: Dashboard):
@@ -314,8 +320,9 @@ def test_the_report_is_read_among_the_artifacts_of_the_sweep(page: Browser, serv
 
 
 def test_two_runs_are_compared(page: Browser, served: Dashboard):
-    pair = [served.children[0], served.children[-1]]
-    page.open(f"{served.server}/#/compare-runs?runs={json.dumps(pair)}&experiments={json.dumps([served.experiment])}")
+    pair = [served.children[served.names.index(name)] for name in ("mlp s0", "mlp bn s0")]
+    words = {"runs": json.dumps(pair), "experiments": json.dumps([served.experiment])}
+    page.open(f"{served.server}/#/compare-runs?{urlencode({'workflowType': 'machine_learning'} | words)}")
     page.says("Comparing 2 Runs", "model.bn", "gap/acc")
     page.until("a chart", lambda: page.all(".js-plotly-plot"))
     page.shoot("compare")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from gaplab.notes import NOTE
+from gaplab.notes import NOTE, table
 
 VIEW = "mlflow.sharedViewState."
 MADE_MS = 1_795_600_000_000  # both times of a view: one that a person overwrote has another `updatedAt`
@@ -89,8 +89,7 @@ def missing(tags: Mapping[str, str]) -> dict[str, str]:
 
 def description() -> str:
     """Of the experiment."""
-    columns = "".join(f"| {name} | {what} |\n" for name, what in MEANING.items())
-    return f"**{QUESTION}**\n\n{READING}\n\n| column | what it is |\n| --- | --- |\n{columns}"
+    return f"**{QUESTION}**\n\n{READING}\n\n{table(['column', 'what it is'], map(list, MEANING.items()))}"
 
 
 def addresses(server: str, experiment: str) -> dict[str, str]:
