@@ -4,13 +4,14 @@ UV := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
 READY_CLUSTER := .venv-cluster/.ready
+READY_UI := .venv/.ready-ui
 PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-faults test-cluster check format ui serve bench clean
+.PHONY: help setup train sweep report sync test test-faults test-cluster test-ui check format ui serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +40,9 @@ report: $(READY) ## tables, figures and verdicts of the newest sweep
 sync: $(READY) ## send to MLflow what it does not have yet
 	@$(BIN)/python src/sync.py
 
-test: $(READY) ## run the tests on two cores, all but test-faults and test-cluster
-	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster
+test: $(READY) ## run the tests on two cores, all but test-faults, test-cluster and test-ui
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster \
+		--ignore=tests/ui
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
@@ -49,6 +51,15 @@ test-cluster: $(READY_CLUSTER) ## several devices, two hosts, a real Slurm and a
 	@command -v sbatch >/dev/null && command -v munged >/dev/null || DEBIAN_FRONTEND=noninteractive \
 		apt-get install --quiet --yes --no-install-recommends slurm-wlm munge
 	@.venv-cluster/bin/python -m pytest -q -s -p no:cacheprovider tests/cluster
+
+test-ui: $(READY_UI) ## the dashboard in a real Chromium; as root on Debian, for 5 minutes (SCREENSHOTS=docs/dashboard keeps its pages)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || DEBIAN_FRONTEND=noninteractive \
+		apt-get install --quiet --yes --no-install-recommends chromium chromium-driver
+	@GAPLAB_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/ui
+
+$(READY_UI): pyproject.toml $(READY)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra ui --constraint requirements.txt
+	@touch $@
 
 $(READY_CLUSTER): requirements.txt pyproject.toml $(READY)
 	@echo "setting up .venv-cluster: what .venv has, and Ray"
@@ -68,7 +79,7 @@ format: $(READY) ## put the code into its one format
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this machine alone
-	@$(BIN)/python src/ui.py "port=$(PORT)" "paths.outputs=$(OUTPUTS)"
+	@exec $(BIN)/python src/ui.py "port=$(PORT)" "paths.outputs=$(OUTPUTS)"
 
 serve: $(READY) ## the champion of the registry behind HTTP on http://127.0.0.1:5001, for this machine alone; see docs/serving.md
 	@$(BIN)/python src/serve.py paths.outputs=$(OUTPUTS)

@@ -17,6 +17,7 @@ from gaplab import sweep
 from gaplab.analysis import runs as analysis
 from gaplab.errors import UserError
 from gaplab.files import held
+from gaplab.notes import NOTE
 from gaplab.tracking.journal import read_journal
 
 JOBS = ["model.bn=false,true", "seed=0,1"]
@@ -109,6 +110,17 @@ def test_parent_and_children_are_right_in_mlflow(resumed):
             assert history[-1].value == result["gap_acc"]
     assert client.get_run(parent).info.status == "FAILED"
     assert client.get_run(parent).data.metrics["sweep/failed"] == 4
+    note = client.get_run(parent).data.tags[NOTE]
+    assert note.startswith("4 of 8 runs finished.")
+    assert "the loss is" in note
+    assert "| `optimizer.lr`&emsp; | `0.001`, `1e+30`&emsp; |" in note
+    assert "8 runs of mlp on mnist, 3 epochs: every condition with seeds 0 to 1." in note
+    assert str(outputs) not in note
+    assert {run.data.tags["arm"] for run in children} == {
+        f"bn={bn} lr={lr}" for bn in ("false", "true") for lr in ("0.001", "1e+30")
+    }
+    finished = next(run for run in children if run.info.status == "FINISHED")
+    assert finished.data.tags[NOTE].startswith("**Gap ")
 
 
 def test_a_sweep_reads_the_same_from_mlflow_as_from_its_folder(resumed):

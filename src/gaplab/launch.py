@@ -71,7 +71,7 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, c
         name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
-        tags["replicates"] = condition or name.removesuffix(f" s{config.seed}")
+        tags["arm"] = condition or name.removesuffix(f" s{config.seed}")
         settings = None if in_sweep else tracking(folder, config)
         tracker = Tracker(folder, settings, name, tags, config.allowed_targets)
         result = RunResult(tracker.id, "RUNNING", config.seed, configs.condition(config), configs.config_hash(config))

@@ -9,7 +9,8 @@ from typing import Any
 
 NOTE = "mlflow.note.content"
 LONGEST = 8000  # characters of a tag's value that MLflow takes
-FOUND = "### What was found"
+ASKED = "### What was asked"
+WIDE = "&emsp;"
 SHOWN = 12  # contrasts of a table, conditions have three times as many
 
 
@@ -27,26 +28,28 @@ def escaped(text: object) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells in Markdown; the first column is aligned to the left, numbers to the right."""
+    """Cells in Markdown. MLflow sets them without any space between, so each ends in a wide one."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |"
+        return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) + WIDE for cell in cells) + " |"
 
-    return "\n".join([line(headings), line(["---"] + ["---:"] * (len(headings) - 1)), *map(line, rows)])
+    return "\n".join([line(headings), "| --- " * len(headings) + "|", *map(line, rows)])
 
 
-def joined(asked: str, found: str) -> str:
-    """A whole description, cut after a line where it is longer than MLflow takes."""
-    text = "\n\n".join(part for part in (asked, f"{FOUND}\n\n{found}") if part)
-    if len(text) <= LONGEST:
-        return text
-    rest = "\n\n… cut here; the report has all of it"
-    return text[: LONGEST - len(rest)].rpartition("\n")[0] + rest
+def joined(found: str, asked: str) -> str:
+    """A whole description. What was found comes first, for MLflow folds all but the first lines; it is cut after a line
+    where both are longer than MLflow takes."""
+    tail = f"\n\n{ASKED}\n\n{asked}" if asked else ""
+    room = LONGEST - len(tail)
+    if len(found) > room:
+        rest = "\n\n… cut here; the report has all of it"
+        found = found[: max(0, room - len(rest))].rpartition("\n")[0] + rest
+    return (found + tail)[:LONGEST]
 
 
 def asked_of(note: str) -> str:
     """The part of a description that says what was asked."""
-    return note.partition(FOUND)[0].strip()
+    return note.partition(ASKED)[2].strip()
 
 
 def asked(
@@ -68,13 +71,13 @@ def asked(
         command: that asks it.
         question, claim: of a claim.
     """
-    parts = ["### What was asked"]
+    parts = []
     if question:
         parts.append(f"**{escaped(question)}** (claim {code(claim)})")
     conditions = "one condition"
     if factors:
         listed = [[code(name), ", ".join(map(code, levels))] for name, levels in factors.items()]
-        parts.append(table(["factor", "levels"], listed).replace("---:", "---"))
+        parts.append(table(["factor", "levels"], listed))
         conditions = "every condition"
     parts.append(f"{runs} runs of {escaped(kind)}: {conditions} with {_seeds(seeds)}.")
     parts.append(code(command))
@@ -192,4 +195,4 @@ def _contrast(metric: str, one: Mapping[str, Any]) -> str:
         if one["low"] is not None and one["high"] is not None:
             size += f" [{factor * one['low']:+.{digits}f}, {factor * one['high']:+.{digits}f}]"
     needed = f" ({one['seeds_needed']} seeds would decide)" if one["seeds_needed"] else ""
-    return f"{code(one['name'])}{size}: **{one['verdict']}**{needed}"
+    return f"{code(one['name'])} **{one['verdict']}**{size and ','}{size}{needed}"

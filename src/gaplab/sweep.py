@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -346,7 +347,7 @@ def _run(
         tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
         tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
         question = _asked(folder, jobs)
-        tracker.tags({NOTE: joined(question, f"{len(waiting)} of {len(jobs)} runs are to come.")})
+        tracker.tags({NOTE: joined(f"Under way: {len(waiting)} of {len(jobs)} runs are to come.", question)})
         recover(folder.parent.parent, settings)
         for job in jobs:
             if str(job.folder) not in old:
@@ -382,7 +383,7 @@ def _run(
                 for job, result, is_lost in zip(jobs, results, lost, strict=True)
                 if is_lost
             }
-            tracker.tags({NOTE: joined(question, counts(reasons, len(jobs)))})
+            tracker.tags({NOTE: joined(counts(reasons, len(jobs)), question)})
             tracker.finish(status, wait_s)
             labels = conditions(jobs)
             keys = [word for word in hydra_config.hydra.overrides.hydra if "hydra.launcher." in word]
@@ -420,7 +421,14 @@ def _condition_of(folder: Path) -> str:
     """What tells the condition of the job in `folder` from the others', in words; nothing where there is but one."""
     jobs = dict(listed_jobs(folder.parent))
     words = _own_words([[word for word in said if not word.startswith("seed=")] for said in jobs.values()])
-    return " ".join(dict(zip(jobs, words, strict=True)).get(folder.name, []))
+    keys = {word.partition("=")[0] for own in words for word in own}
+    ends = Counter(name.rpartition(".")[2] for name in keys)
+
+    def short(word: str) -> str:
+        end = word.partition("=")[0].rpartition(".")[2]
+        return word if ends[end] > 1 else end + word[len(word.partition("=")[0]) :]
+
+    return " ".join(map(short, dict(zip(jobs, words, strict=True)).get(folder.name, [])))
 
 
 def _is_running(folder: Path) -> bool:

@@ -15,6 +15,8 @@ from synthetic import accuracies, noise
 from gaplab import config as configs
 from gaplab.analysis.report import report
 from gaplab.errors import UserError
+from gaplab.notes import NOTE, joined
+from gaplab.tracking.journal import append, read_journal
 
 GRID = [("mnist", bn, dropout) for bn in ("false", "true") for dropout in ("0", "0.5")]
 
@@ -77,6 +79,24 @@ def test_a_report_is_written_beside_the_newest_sweep(tmp_path: Path, capsys):
     out = capsys.readouterr().out
     assert "Does BatchNorm shrink the overfitting gap? supported" in out
     assert "bn: true − false" in out
+
+
+def test_the_sweeps_description_says_what_was_asked_and_found(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda folder: None)
+    folder = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000", claim="overfitting")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    append(folder, "run", name="sweep", id="0" * 32, uri=uri)
+    append(folder, "tags", values={NOTE: joined("24 runs are to come.", "the question")})
+    append(folder, "finish", status="FINISHED")
+    for _ in range(2):  # a second report replaces what the first one said
+        report(settings(tmp_path, tracking=configs.MLflow(uri=uri)))
+    note = [event["values"][NOTE] for event in read_journal(folder) if event["event"] == "tags"][-1]
+    assert note.startswith("Does BatchNorm shrink the overfitting gap? **supported**")
+    assert "24 of 24 runs finished." in note
+    assert "| `bn=false dropout=0.0`&emsp; | 6&emsp; | 0.9900 ± 0.0000&emsp; |" in note
+    assert "- `bn: true − false` **real**, -0.48 pp [-0.51, -0.46]" in note
+    assert note.endswith("### What was asked\n\nthe question")
+    assert "to come" not in note
 
 
 def test_what_is_missing_is_said_and_the_rest_reported(tmp_path: Path, capsys):

@@ -15,6 +15,8 @@ from conftest import composed
 from gaplab import config as configs
 from gaplab.config import Tracking
 from gaplab.errors import TrainingError
+from gaplab.notes import NOTE
+from gaplab.tracking import dashboard
 from gaplab.tracking.journal import Tracker, journal_of, read_journal, read_receipt
 from gaplab.tracking.mlflow import RefusedError, follow, is_permanent, main
 from gaplab.tracking.outbox import Journal
@@ -210,6 +212,60 @@ def test_an_event_that_mlflow_refuses_stops_neither_the_others_nor_the_end(
 
     run = MlflowClient(tracking.uri).get_run(run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/acc": 0.5})
+
+
+def test_a_description_is_renewed_unless_a_person_has_written_one(tmp_path: Path, sender_in_this_process, store):
+    from mlflow import MlflowClient
+
+    tracking = store("described")
+    client = MlflowClient(tracking.uri)
+
+    def says(text: str) -> tuple[str, str]:
+        tracker = Tracker(tmp_path, tracking, "described", {})
+        tracker.tags({NOTE: text, "other": text})
+        run_id = tracker.finish("FINISHED")
+        tags = client.get_run(run_id).data.tags
+        return tags[NOTE], tags["other"]
+
+    assert says("what was asked") == ("what was asked", "what was asked")
+    assert says("what was found") == ("what was found", "what was found")
+    (run,) = runs_of(tracking)
+    client.set_tag(run.info.run_id, NOTE, "my own words")
+    assert says("found once more") == ("my own words", "found once more")
+
+
+def test_an_experiment_gets_its_description_and_views_once(tmp_path: Path, sender_in_this_process, store):
+    from mlflow import MlflowClient
+
+    tracking = store("shown")
+    client = MlflowClient(tracking.uri)
+
+    def tags() -> dict[str, str]:
+        Tracker(tmp_path, tracking, "shown", {}).finish("FINISHED")
+        return client.get_experiment_by_name("shown").tags
+
+    first = tags()
+    assert {NOTE, *dashboard.views()} < first.keys()
+    experiment = client.get_experiment_by_name("shown").experiment_id
+    mine = {f"{dashboard.VIEW}mine": "{}", NOTE: "my own words"}
+    for name, value in mine.items():
+        client.set_experiment_tag(experiment, name, value)
+    assert tags() == first | mine
+
+
+def test_a_store_that_takes_no_description_gets_its_runs(
+    tmp_path: Path, capfd, sender_in_this_process, store, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    def refuse(*_) -> None:
+        raise ConnectionError("no")
+
+    monkeypatch.setattr(MlflowClient, "set_experiment_tag", refuse)
+    tracking = store("plain")
+    assert Tracker(tmp_path, tracking, "plain", {}).finish("FINISHED") is not None
+    assert [run.info.status for run in runs_of(tracking)] == ["FINISHED"]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_journal_is_read_line_by_whole_line_and_gone_on_with_where_it_was_sent(tmp_path: Path):

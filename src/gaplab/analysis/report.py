@@ -56,7 +56,7 @@ def report(settings: configs.Report) -> Path:
             if tracker is not None:
                 tracker.artifact(path, "report")
         if tracker is not None and found.folder is not None:
-            tracker.tags({notes.NOTE: notes.joined(_asked(found.folder), notes.found(content))})
+            tracker.tags({notes.NOTE: notes.joined(notes.found(content), _asked(found.folder))})
     console.print(f"page      {folder / 'report.html'}", markup=False, soft_wrap=True)
     return folder
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from gaplab.notes import NOTE
+from gaplab.notes import NOTE, table
 
 VIEW = "mlflow.sharedViewState."
 MADE_MS = 1_795_600_000_000  # both times of a view: one that a person overwrote has another `updatedAt`
@@ -44,17 +44,21 @@ COLUMNS = (
     "params.`model.bn`", "params.`model.dropout`", "params.`model.init`", "params.`seed`",
 )  # fmt: skip
 WIDTHS = {
-    "attributes.`Run Name`": 250,
+    "attributes.`Run Name`": 240,
+    "metrics.`train/acc`": 95,
+    "metrics.`valid/acc`": 95,
+    "metrics.`gap/acc`": 95,
+    "metrics.`test/acc`": 95,
     "params.`model.bn`": 90,
     "params.`model.dropout`": 125,
     "params.`model.init`": 125,
     "params.`seed`": 70,
 }
-GROUPED_BY = ("replicates", "sweep", "condition")  # tags; the first is for people
-MATTER = "Train, valid, gap and test"
+GROUPED_BY = ("arm", "sweep", "condition")  # tags; the first is for people
+MATTER, END = "Train, valid and gap", "Test, valid and gap at the end"
 CHARTS = (
     (MATTER, "LINE", "train/acc"), (MATTER, "LINE", "valid/acc"), (MATTER, "LINE", "gap/acc"),
-    (MATTER, "BAR", "test/acc"), (MATTER, "BAR", "valid/acc"), (MATTER, "BAR", "gap/acc"),
+    (END, "BAR", "test/acc"), (END, "BAR", "valid/acc"), (END, "BAR", "gap/acc"),
     ("Loss", "LINE", "train/loss"), ("Loss", "LINE", "valid/loss"), ("Loss", "LINE", "gap/loss"),
 )  # fmt: skip
 FOLDED = (
@@ -85,8 +89,7 @@ def missing(tags: Mapping[str, str]) -> dict[str, str]:
 
 def description() -> str:
     """Of the experiment."""
-    columns = "".join(f"| {name} | {what} |\n" for name, what in MEANING.items())
-    return f"**{QUESTION}**\n\n{READING}\n\n| column | what it is |\n| --- | --- |\n{columns}"
+    return f"**{QUESTION}**\n\n{READING}\n\n{table(['column', 'what it is'], map(list, MEANING.items()))}"
 
 
 def addresses(server: str, experiment: str) -> dict[str, str]:
@@ -153,7 +156,7 @@ def _chart(section: str, kind: str, metric: str) -> dict[str, Any]:
         "uuid": f"{kind} {metric}",
         "type": kind,
         "metricKey": metric,
-        "displayName": metric if kind == "LINE" else f"{metric}, last value",
+        "displayName": metric,
         "metricSectionId": section,
         "runsCountToCompare": 100,
         "deleted": False,
