@@ -129,8 +129,8 @@ def test_two_runs_on_the_same_samples(trained_runs, outputs, capsys):
     said = json.loads((evaluate(settings(outputs, f"run={one}", f"against={other}")) / "evaluation.json").read_text())
     paired = said["against"]
     first, second = (json.loads((folder / "result.json").read_text())["test_acc"] for folder in (one, other))
-    assert (paired["first_acc"], paired["second_acc"]) == (first, second)
-    assert paired["difference"] == pytest.approx(second - first)
+    assert (paired["second_acc"], paired["first_acc"]) == (first, second)  # the one that it is held against is first
+    assert paired["difference"] == pytest.approx(first - second)
     assert paired["both"] + paired["only_first"] + paired["only_second"] + paired["neither"] == 10_000
     assert paired["p"] == stats.mcnemar(paired["only_first"], paired["only_second"])
     assert said["notes"] == []

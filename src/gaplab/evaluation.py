@@ -161,10 +161,14 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
         check_same_kind(network, other)
     data, what = _data(network, settings, outputs)
     notes = [] if other is None else list(_seen_in_training(network, other, settings))
+    if data.classes != network.classes:
+        notes.append(
+            f"its classes have other names ({data.classes[0]} for {network.classes[0]}, …): what counts as right?"
+        )
     found = answer(network, data.batches(settings.split))
     result = evaluation(found, network.classes)
     others = None if other is None else answer(other, data.batches(settings.split))
-    paired = None if others is None else pair(found, others)
+    paired = None if others is None else pair(others, found)
     _print(console, network, other, result, paired, what, notes)
     folder = _folder(network, settings, outputs, what)
     content: dict[str, Any] = {"name": network.name, "run_id": network.run_id, "samples": what, "split": settings.split}
@@ -268,8 +272,8 @@ def _write_back(
     prefix = f"eval/{settings.split}" if settings.data is None else f"eval/{settings.data.name}_{settings.split}"
     metrics = {f"{prefix}/{name}": getattr(result, name) for name in ("acc", "acc_low", "acc_high", "loss", "ece")}
     if paired is not None:
-        metrics |= {f"{prefix}/difference": -paired.difference, f"{prefix}/mcnemar_p": paired.p}
-    step, place = int((network.result.get("best") or {}).get("epoch", 0)), f"evaluations/{configs.slug(what)}"
+        metrics |= {f"{prefix}/difference": paired.difference, f"{prefix}/mcnemar_p": paired.p}
+    step, place = int((network.result.get("best") or {}).get("epoch", 0)), f"evaluations/{paths[0].parent.name}"
     folder = network.folder
     if folder is not None and not (folder.parent / "sweep.json").is_file() and paths[0].is_relative_to(folder):
         from gaplab.tracking.journal import Tracker
@@ -317,11 +321,11 @@ def _print(
         table.add_row(escape(plain(one.name)), f"{one.total:,}", f"{one.recall:.4f}", interval)
     console.print(table)
     if paired is not None and other is not None:
-        change, low, high = -100 * paired.difference, -100 * paired.high, -100 * paired.low
-        console.print(f"against   {plain(other.name)}: accuracy {paired.second_acc:.4f}", markup=False, soft_wrap=True)
+        change, low, high = 100 * paired.difference, 100 * paired.low, 100 * paired.high
+        console.print(f"against   {plain(other.name)}: accuracy {paired.first_acc:.4f}", markup=False, soft_wrap=True)
         console.print(
             f"          {change:+.2f} pp [{low:+.2f}, {high:+.2f}], McNemar p {_p(paired.p)}; right: both "
-            f"{paired.both:,}, only this {paired.only_first:,}, only the other {paired.only_second:,}, neither "
+            f"{paired.both:,}, only this {paired.only_second:,}, only the other {paired.only_first:,}, neither "
             f"{paired.neither:,}",
             markup=False,
             soft_wrap=True,

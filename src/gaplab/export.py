@@ -22,7 +22,7 @@ from gaplab.config import Config
 from gaplab.errors import UserError
 from gaplab.files import plain, read_json
 from gaplab.nn.build import Network, build_network
-from gaplab.training.reader import read_checkpoint
+from gaplab.training.reader import read_checkpoint, sha256
 
 EXAMPLE = "example.npy"
 BATCHES = (1, 2, 7)  # sizes that must give what the network gives
@@ -99,7 +99,14 @@ def log(folder: Path, run_id: str, allowed_targets: list[str], uri: str) -> str:
     model = Probabilities(network).eval()
     with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
         files = _extra_files(Path(name), folder, config, facts)
-        return registry.log_model(uri, model, _example(folder, facts), run_id, facts.epoch, files, _verify)
+        return registry.log_model(
+            uri, model, _example(folder, facts), run_id, facts.epoch, weights_of(folder), files, _verify
+        )
+
+
+def weights_of(folder: Path) -> str:
+    """SHA-256 of the best epoch's checkpoint in a run's folder."""
+    return sha256(folder / "checkpoints" / "best.ckpt")
 
 
 def _example(folder: Path, facts: Facts) -> np.ndarray:

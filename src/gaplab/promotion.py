@@ -41,10 +41,15 @@ class Decision:
     paired: "Paired | None" = None
     gap: Gap | None = None
     against: int | None = None
+    by_hand: bool = False
+
+    @property
+    def word(self) -> str:
+        return "by hand" if self.by_hand else "passed" if self.passed else "not passed"
 
     def tags(self) -> dict[str, str]:
         """The decision and its figures, for the version."""
-        found = {"gate": "passed" if self.passed else "not passed", "gate.reason": "; ".join(self.reasons)}
+        found = {"gate": self.word, "gate.reason": "; ".join(self.reasons), "gate.rolled_back": "false"}
         if self.against is not None:
             found["gate.against"] = str(self.against)
         if self.paired is not None:
@@ -67,7 +72,8 @@ class Decision:
 
 
 def decide(paired: "Paired", champion: Gap | None, candidate: Gap | None, gate: Gate, against: int) -> Decision:
-    """Whether a candidate is not worse than the champion, and its gap not larger, each beyond doubt of its interval.
+    """Whether a candidate is not worse than the champion, and its gap not larger by more than the margin: both intervals
+    must lie within the margins, and that of accuracy may not say that it is worse, however little.
 
     Args:
         paired: both on the same samples, the champion first.
@@ -75,19 +81,21 @@ def decide(paired: "Paired", champion: Gap | None, candidate: Gap | None, gate: 
         gate: the margins.
         against: the champion's version.
     """
-    worse = paired.low <= -gate.max_acc_loss
-    reasons = [
-        f"accuracy {_pp(paired.difference)} [{_pp(paired.low)}, {_pp(paired.high)}] pp: "
-        + (f"may be worse by {100 * gate.max_acc_loss:g} pp or more" if worse else "not worse")
-    ]
+    worse = paired.low <= -gate.max_acc_loss or paired.high < 0
+    reasons = [f"accuracy {_pp(paired.difference)} [{_pp(paired.low)}, {_pp(paired.high)}] pp: "]
+    if paired.high < 0:
+        reasons[0] += "worse"
+    else:
+        reasons[0] += f"may be worse by {100 * gate.max_acc_loss:g} pp or more" if worse else "not worse"
     if champion is None or candidate is None:
         return Decision(False, [*reasons, "a gap was not measured"], paired, None, against)
     change = gap_change(champion, candidate)
-    larger = change.high >= gate.max_gap_increase
-    reasons.append(
-        f"gap {_pp(change.acc)} [{_pp(change.low)}, {_pp(change.high)}] pp: "
-        + (f"may be larger by {100 * gate.max_gap_increase:g} pp or more" if larger else "not larger")
-    )
+    larger, margin = change.high >= gate.max_gap_increase, f"{100 * gate.max_gap_increase:g} pp"
+    reasons.append(f"gap {_pp(change.acc)} [{_pp(change.low)}, {_pp(change.high)}] pp: ")
+    if larger:
+        reasons[1] += f"may be larger by {margin} or more"
+    else:
+        reasons[1] += f"larger by less than {margin}" if change.low > 0 else "not larger"
     return Decision(not worse and not larger, reasons, paired, change, against)
 
 
@@ -115,9 +123,14 @@ def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
         console.print(f"{registry.name}: version {version.number} is champion already")
         return
     if settings.force:
-        decision = Decision(True, ["made champion by hand"])
+        decision = Decision(True, ["made champion by hand"], by_hand=True)
     else:
         decision = _judge(registry, champion, version, settings, typed)
+    if decision.passed:
+        latest = registry.champion()
+        if (latest and latest.number) != (champion and champion.number):
+            again = f"python src/promote.py version={version.number}"
+            raise UserError(f"another version has become champion meanwhile; judge this one once more: {again}")
     registry.describe(version, decision.tags())
     if decision.passed:
         registry.crown(version)
@@ -151,6 +164,10 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
     run = load_run(settings.run, outputs, registry.uri, typed)
     if run.run_id is None:
         raise UserError(f"{plain(run.folder)}: the run is not in MLflow; python src/sync.py sends it if it was tracked")
+    if run.folder is not None and (status := run.result.get("status")) != "FINISHED":
+        raise UserError(
+            f"{plain(run.folder)}: the run is {status or 'not finished'}; only finished ones are registered"
+        )
     if run.folder is None:
         model_id = registry.logged(run.run_id)
         if model_id is None:
@@ -160,7 +177,7 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
 
         try:
             with FileLock(run.folder / ".mlflow.lock", timeout=SENDER_WAIT_S):
-                model_id = registry.logged(run.run_id)
+                model_id = registry.logged(run.run_id, export.weights_of(run.folder))
                 if model_id is None:
                     model_id = export.log(run.folder, run.run_id, settings.allowed_targets, registry.uri)
         except Timeout:
@@ -208,7 +225,17 @@ def _judge(
         raise UserError(f"data.root={config.root}: not the data that version {version.number} was trained on")
     if split not in data.splits:
         raise UserError(f"gate.split={split}: {config.name} has no test part; gate.split=valid")
+    if split == "valid" and (one.digest != other.digest or not _same_splits(one, other)):
+        reason = "the champion was trained on samples of this valid split; gate.split=test, or both with the same seed"
+        return Decision(False, [reason], against=against)
     return decide(compare(one, other, data.batches(split)), _gap(one), _gap(other), settings.gate, against)
+
+
+def _same_splits(one: "Trained", other: "Trained") -> bool:
+    """Whether both held out the same samples."""
+    keys = ("valid_size", "train_size")
+    same = all(getattr(one.config.data, name) == getattr(other.config.data, name) for name in keys)
+    return same and one.config.seed == other.config.seed
 
 
 def _gap(model: "Trained") -> Gap | None:
@@ -228,7 +255,7 @@ def _list(console: Console, registry: Registry) -> None:
     for one in versions:
         tags = one.tags
         test, gap = (_number(tags.get(name)) for name in ("test/acc", "gap/acc"))
-        back = ", rolled back" if "gate.rolled_back" in tags else ""
+        back = ", rolled back" if tags.get("gate.rolled_back") == "true" else ""
         cells = (
             str(one.number),
             ", ".join(sorted(one.aliases)),

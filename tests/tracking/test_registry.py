@@ -1,6 +1,8 @@
 """A model as MLflow has it: what goes in, what comes out, which version is champion."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -215,7 +217,6 @@ def test_what_is_not_there_is_named(logged, tmp_path, address):
 
 
 def test_a_model_that_would_be_unpickled_is_not_loaded(logged, model, tmp_path, monkeypatch):
-    import shutil
     import zipfile
 
     from gaplab.tracking import registry as module
@@ -234,6 +235,35 @@ def test_a_model_that_would_be_unpickled_is_not_loaded(logged, model, tmp_path, 
     with pytest.raises(UserError, match="pickle"):
         fetch("models:/gaplab/1", uri, tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["loader_module: evil", "code: code", "data: elsewhere", "no facts", "a pickle"])
+def test_a_model_that_brings_its_own_code_is_not_loaded(model, tmp_path, change):
+    from gaplab.tracking.registry import _is_ours
+
+    copy = tmp_path / "copy"
+    shutil.copytree(model[1], copy)
+    assert _is_ours(copy)
+    text = (copy / "MLmodel").read_text()
+    name = change.partition(":")[0]
+    if change == "no facts":
+        (copy / "extra_files" / "facts.json").unlink()
+    elif change == "a pickle":
+        (copy / "data" / "model.pth").touch()
+    elif name == "code":
+        (copy / "MLmodel").write_text(text.replace("    loader_module:", "    code: code\n    loader_module:"))
+    else:
+        (copy / "MLmodel").write_text(re.sub(rf"    {name}: .*", f"    {change}", text))
+    assert text != (copy / "MLmodel").read_text() or change.startswith(("no", "a "))
+    assert not _is_ours(copy)
+
+
+def test_a_run_that_went_on_has_another_model(logged):
+    folder, uri, run_id = logged
+    registry = Registry(uri, "gaplab")
+    known = registry.logged(run_id, export.weights_of(folder))
+    assert known == registry.logged(run_id)
+    assert registry.logged(run_id, "0" * 64) is None
 
 
 def test_a_server_that_is_away_is_named_within_seconds():

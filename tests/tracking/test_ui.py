@@ -41,7 +41,7 @@ def test_a_server_that_ends_by_itself_is_told_with_its_last_word_and_leaves_nobo
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho broken\nexit 3\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(ui.sys, "executable", str(fake))
+    monkeypatch.setattr("gaplab.tracking.server.sys.executable", str(fake))
     settings = configs.Ui(port=0, paths=configs.Paths(str(tmp_path)))
     with pytest.raises(TrainingError, match=r"ended with status 3: broken; all its words are in .*ui.log"):
         ui.ui(settings)

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from torch import nn
 
 from gaplab.config import masked
 from gaplab.errors import UserError
-from gaplab.files import plain
+from gaplab.files import check_yaml, plain, read_text
 from gaplab.tracking.mlflow import is_permanent, reason
 from gaplab.tracking.store import connect
 
 __all__ = ["is_permanent", "reason"]
 
 NAME = "model"
+WEIGHTS = "gaplab.weights"  # tag of a logged model: SHA-256 of the checkpoint that it was made of
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS = "gaplab.champions"  # tag of the registered model: the versions that were champion, the newest last
 SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "valid/loss", "test/acc")
@@ -38,6 +40,7 @@ def log_model(
     example: np.ndarray,
     run_id: str,
     step: int,
+    weights: str,
     files: Sequence[Path],
     verify: Callable[[nn.Module, nn.Module, np.ndarray], None],
 ) -> str:
@@ -49,6 +52,7 @@ def log_model(
         example: uint8 (B, C, H, W) with B of at least 2.
         run_id: of an active run.
         step: epoch that the weights are of.
+        weights: SHA-256 of the checkpoint that they are from; a run that went on has others than it had.
         files: to lie beside the model, in `extra_files/`.
         verify: called with the model read back, the model, and the example, before anything is sent; it raises.
 
@@ -65,10 +69,10 @@ def log_model(
         mlflow.set_tracking_uri(uri)
         client = MlflowClient()
         run = client.get_run(run_id)
-        if (known := logged_model(client, run)) is not None:
+        if (known := logged_model(client, run, weights)) is not None:
             return known
         logged = client.create_logged_model(
-            run.info.experiment_id, NAME, run_id, params=run.data.params, model_type="classifier"
+            run.info.experiment_id, NAME, run_id, {WEIGHTS: weights}, run.data.params, "classifier"
         )
         try:
             with tempfile.TemporaryDirectory(prefix="gaplab-") as parent:
@@ -91,11 +95,11 @@ def log_model(
         return str(logged.model_id)
 
 
-def logged_model(client: Any, run: Any) -> str | None:
-    """The id of the model that a run has logged, or None."""
+def logged_model(client: Any, run: Any, weights: str | None = None) -> str | None:
+    """The id of the model that a run has logged, or None; with `weights`, only one of that checkpoint."""
     wanted = f"source_run_id = '{run.info.run_id}' AND name = '{NAME}'"
     for found in client.search_logged_models([run.info.experiment_id], wanted):
-        if found.status == "READY":
+        if found.status == "READY" and weights in (None, found.tags.get(WEIGHTS)):
             return str(found.model_id)
     return None
 
@@ -201,10 +205,10 @@ class Registry:
     def champion(self) -> Version | None:
         return next((one for one in self.versions() if CHAMPION in one.aliases), None)
 
-    def logged(self, run_id: str) -> str | None:
-        """The id of the model that a run has logged, or None."""
+    def logged(self, run_id: str, weights: str | None = None) -> str | None:
+        """The id of the model that a run has logged, or None; with `weights`, only one of that checkpoint."""
         with _told(self.uri):
-            return logged_model(self._client, self._client.get_run(run_id))
+            return logged_model(self._client, self._client.get_run(run_id), weights)
 
     def add(self, model_id: str, run_id: str, description: str) -> Version:
         """A version of a logged model, and `challenger`; the one that there is if it has been added before."""
@@ -229,8 +233,11 @@ class Registry:
 
     def crown(self, version: Version) -> None:
         """Make it champion; it is no challenger any more."""
+        now = self.champion()
         with _told(self.uri):
             past = [one for one in self._champions() if one != version.number]
+            if now is not None and now.number not in past and now.number != version.number:
+                past.append(now.number)  # made champion by other means
             self._remember([*past, version.number])
             self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
             if CHALLENGER in version.aliases:
@@ -319,15 +326,35 @@ def download(address: str, uri: str, target: Path) -> tuple[Path, str | None]:
             path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(target)))
         except Exception as error:  # of MLflow, the network, the disk
             raise UserError(f"{plain(address)}: {reason(error, uri)}") from error
-    if not (path / "data" / "model.pt2").is_file() or not (path / "extra_files" / "facts.json").is_file():
+    if not _is_ours(path):
         raise UserError(f"{plain(address)}: not a model that gaplab has logged")
     return path, run_id
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is of the kind that gaplab logs: MLflow's own code loads it, and it brings no module along."""
+    try:
+        check_yaml(text := read_text(path / "MLmodel"), "MLmodel", resolved=True)
+        flavors = yaml.safe_load(text)["flavors"]
+        ours, general = flavors["pytorch"], flavors["python_function"]
+        return (
+            set(flavors) == {"pytorch", "python_function"}
+            and general["loader_module"] == "mlflow.pytorch"
+            and ours["model_data"] == general["data"] == "data"
+            and not ours.get("code")
+            and not general.get("code")
+            and [one.name for one in (path / "data").iterdir()] == ["model.pt2"]
+            and (path / "extra_files" / "facts.json").is_file()
+        )
+    except (UserError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return False
 
 
 def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | None]:
     """A model, uint8 (B, C, H, W) -> probabilities (B, K), its folder and its run's id; as `download`.
 
-    Nothing in it is executed: what torch would unpickle is refused.
+    Nothing is unpickled and no module of its own imported; but torch evaluates the sizes and guards in an exported
+    graph, so its author must be somebody you trust.
     """
     path, run_id = download(address, uri, target)
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

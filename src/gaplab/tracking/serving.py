@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gaplab import config as configs
 from gaplab.config import MLflow, Serve
+from gaplab.errors import UserError
 from gaplab.files import read_json
 from gaplab.tracking.registry import download
 from gaplab.tracking.server import HOST, check_port, ended, running
@@ -15,7 +16,11 @@ def serve(settings: Serve) -> None:
     assert isinstance(settings.tracking, MLflow)
     port = settings.port
     check_port(port, "give another: python src/serve.py port=…")
-    log = configs.folder("paths.outputs", settings.paths.outputs) / "serve.log"
+    log = configs.folder("paths.outputs", settings.paths.outputs) / f"serve-{port}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"paths.outputs={settings.paths.outputs}: cannot be written ({error.strerror})") from None
     with tempfile.TemporaryDirectory(prefix="gaplab-") as name:
         path, _ = download(settings.model_uri, settings.tracking.uri, Path(name))
         words = ["models", "serve", "--model-uri", str(path), "--env-manager", "local"]
