@@ -82,7 +82,7 @@ ui: $(READY) ## the MLflow UI on http://127.0.0.1:5000 (PORT=…), for this mach
 	@exec $(BIN)/python src/ui.py "port=$(PORT)" "paths.outputs=$(OUTPUTS)"
 
 serve: $(READY) ## the champion of the registry behind HTTP on http://127.0.0.1:5001, for this machine alone; see docs/serving.md
-	@$(BIN)/python src/serve.py paths.outputs=$(OUTPUTS)
+	@exec $(BIN)/python src/serve.py paths.outputs=$(OUTPUTS)
 
 bench: $(READY) ## measure speed, start-up, scale and a sweep into docs/benchmarks.md; 40 minutes on an idle machine
 	@$(BIN)/python benchmarks/startup.py

@@ -105,7 +105,7 @@ def of_run(result: Mapping[str, Any]) -> str:
     """What a single run came to, from what its `result.json` holds."""
     status, best = result["status"], result["best"]
     parts = [] if status == "FINISHED" else [f"**{status}** {escaped(result['error'] or '')}".strip()]
-    if best and result["train_acc"] is not None:
+    if best and result["gap_acc"] is not None:
         gap = f"{100 * result['gap_acc']:+.2f} pp [{_interval(result)}]"
         parts.append(f"**Gap {gap}** after {result['epochs']} epochs, with its 95 % interval.")
         rows = [

@@ -72,7 +72,7 @@ class Decision:
 
 
 def decide(paired: "Paired", champion: Gap | None, candidate: Gap | None, gate: Gate, against: int) -> Decision:
-    """Whether a candidate is not worse than the champion, and its gap not larger by more than the margin: both intervals
+    """Whether a candidate is not worse than the champion, and its gap not larger beyond the margin: both intervals
     must lie within the margins, and that of accuracy may not say that it is worse, however little.
 
     Args:

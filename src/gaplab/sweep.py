@@ -306,6 +306,8 @@ def _save(folder: Path, jobs: list[Job], typed: list[str]) -> None:
     said = [configs.masked(word) for word in typed]
     path = folder / "sweep.json"
     before = {"overrides": said, "resumed": []} | read_json(path)
+    if not isinstance(before["overrides"], list) or not isinstance(before["resumed"], list):
+        raise UserError(f"{plain(path)}: cannot be read (no list of overrides)")
     description = {
         "name": folder.name,
         "claim": jobs[0].config.sweep.claim,
@@ -396,7 +398,7 @@ def _run(
 
 def _asked(folder: Path, jobs: list[Job]) -> str:
     """What the sweep asks, for its page in MLflow."""
-    said = read_json(folder / "sweep.json")["overrides"]
+    said = [str(word) for word in read_json(folder / "sweep.json")["overrides"]]
     factors: dict[str, list[str]] = {}
     for job in jobs:
         for word in job.overrides:
