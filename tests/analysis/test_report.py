@@ -82,7 +82,7 @@ def test_a_report_is_written_beside_the_newest_sweep(tmp_path: Path, capsys):
 
 
 def test_the_sweeps_description_says_what_was_asked_and_found(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda folder: None)
+    monkeypatch.setattr("gaplab.tracking.journal.start_sender", lambda *_: None)
     folder = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000", claim="overfitting")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     append(folder, "run", name="sweep", id="0" * 32, uri=uri)
