@@ -388,8 +388,8 @@ class Report:
 
 
 @dataclass
-class Evaluate:
-    """What `src/evaluate.py` evaluates, and on what."""
+class Named:
+    """A trained network, named by a person; what a command about one is told."""
 
     run: str | None = key(
         None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
@@ -397,35 +397,32 @@ class Evaluate:
     model_uri: str | None = key(
         None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>; typed as model=…."
     )
-    against: str | None = key(None, "Another run or model, to be compared on the same samples.")
-    split: str = key(
-        "test", "Samples to evaluate on; of data without a test part, test is an error.", ("train", "valid", "test")
-    )
-    data: Any = key(None, "Other data than those of the run: data=<choice> and its keys.")
-    output: str | None = key(None, "Folder for the evaluation; null for one in the run's.")
     tracking: Tracking = field(default_factory=Tracking)
     paths: Paths = field(default_factory=Paths)
     allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass
-class Predict:
+class Evaluate(Named):
+    """What `src/evaluate.py` evaluates, and on what."""
+
+    against: str | None = key(None, "Another run or model, to be compared on the same samples.")
+    split: str = key(
+        "test", "Samples to evaluate on; of data without a test part, test is an error.", ("train", "valid", "test")
+    )
+    data: Any = key(None, "Other data than those of the run: data=<choice> and its keys.")
+    output: str | None = key(None, "Folder for the evaluation; null for one in the run's.")
+
+
+@dataclass
+class Predict(Named):
     """What `src/predict.py` names, and how it says it."""
 
-    run: str | None = key(
-        None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
-    )
-    model_uri: str | None = key(
-        None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>; typed as model=…."
-    )
     images: Any = key(None, "Pictures: a file, a folder, a pattern like photos/*.png, a list of these, or - for stdin.")
     top_k: int = key(3, "Most probable classes to name.", POSITIVE)
     format: str = key("table", "How to say it.", ("table", "json", "csv"))
     output: str | None = key(None, "File to write to; null for stdout.")
     batch_size: int = key(256, "Pictures at once; no effect on the result.", POSITIVE)
-    tracking: Tracking = field(default_factory=Tracking)
-    paths: Paths = field(default_factory=Paths)
-    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
 
 @dataclass

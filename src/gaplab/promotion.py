@@ -102,39 +102,39 @@ def decide(paired: "Paired", champion: Gap | None, candidate: Gap | None, gate: 
 def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
     """List the versions, register a run's model, judge a version, or roll back. Raises UserError."""
     assert isinstance(settings.tracking, MLflow)
-    registry = Registry(settings.tracking.uri, settings.tracking.registered_model)
+    models = Registry(settings.tracking.uri, settings.tracking.registered_model)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
     if settings.rollback:
-        was, now = registry.roll_back()
-        registry.describe(was, {"gate.rolled_back": "true"})
-        console.print(f"{registry.name}: version {now.number} is champion again, version {was.number} no longer")
+        was, now = models.roll_back()
+        models.describe(was, {"gate.rolled_back": "true"})
+        console.print(f"{models.name}: version {now.number} is champion again, version {was.number} no longer")
         return
     if settings.run is not None:
-        version = register(registry, settings, typed)
+        version = register(models, settings, typed)
     elif settings.version is not None:
-        version = registry.version(settings.version)
+        version = models.version(settings.version)
     else:
-        _list(console, registry)
+        _list(console, models)
         return
-    champion = registry.champion()
+    champion = models.champion()
     if champion is not None and champion.number == version.number:
-        console.print(f"{registry.name}: version {version.number} is champion already")
+        console.print(f"{models.name}: version {version.number} is champion already")
         return
     if settings.force:
         decision = Decision(True, ["made champion by hand"], by_hand=True)
     else:
-        decision = _judge(registry, champion, version, settings, typed)
+        decision = _judge(models, champion, version, settings, typed)
     if decision.passed:
-        latest = registry.champion()
+        latest = models.champion()
         if (latest and latest.number) != (champion and champion.number):
             again = f"python src/promote.py version={version.number}"
             raise UserError(f"another version has become champion meanwhile; judge this one once more: {again}")
-    registry.describe(version, decision.tags())
+    models.describe(version, decision.tags())
     if decision.passed:
-        registry.crown(version)
-    _print(console, registry, version, decision)
+        models.crown(version)
+    _print(console, models, version, decision)
 
 
 def after_run(folder: Path, config: Config, typed: Sequence[str]) -> None:
@@ -153,7 +153,7 @@ def after_run(folder: Path, config: Config, typed: Sequence[str]) -> None:
         raise UserError(f"the run is finished, its model is not registered: {error}") from error
 
 
-def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Version:
+def register(models: Registry, settings: Promote, typed: Sequence[str]) -> Version:
     """The version of a run's model, logged first if it has not been yet. Raises UserError."""
     from filelock import FileLock, Timeout
 
@@ -161,7 +161,7 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
 
     assert settings.run is not None
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
-    run = load_run(settings.run, outputs, registry.uri, typed)
+    run = load_run(settings.run, outputs, models.uri, typed)
     if run.run_id is None:
         raise UserError(f"{plain(run.folder)}: the run is not in MLflow; python src/sync.py sends it if it was tracked")
     if run.folder is not None and (status := run.result.get("status")) != "FINISHED":
@@ -169,7 +169,7 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
             f"{plain(run.folder)}: the run is {status or 'not finished'}; only finished ones are registered"
         )
     if run.folder is None:
-        model_id = registry.logged(run.run_id)
+        model_id = models.logged(run.run_id)
         if model_id is None:
             raise UserError(f"run={settings.run}: has logged no model, and its folder is not here")
     else:
@@ -177,16 +177,16 @@ def register(registry: Registry, settings: Promote, typed: Sequence[str]) -> Ver
 
         try:
             with FileLock(run.folder / ".mlflow.lock", timeout=SENDER_WAIT_S):
-                model_id = registry.logged(run.run_id, export.weights_of(run.folder))
+                model_id = models.logged(run.run_id, export.weights_of(run.folder))
                 if model_id is None:
-                    model_id = export.log(run.folder, run.run_id, settings.allowed_targets, registry.uri)
+                    model_id = export.log(run.folder, run.run_id, settings.allowed_targets, models.uri)
         except Timeout:
             raise UserError(f"{plain(run.folder)}: it is still being sent to MLflow; try again later") from None
-    version = registry.add(model_id, run.run_id, _description(run.config, run.name))
+    version = models.add(model_id, run.run_id, _description(run.config, run.name))
     best = run.result.get("best") or {}
     figures = {"test/acc": run.result.get("test_acc"), "gap/acc": best.get("gap_acc")}
     known = {name: f"{value:.6f}" for name, value in figures.items() if isinstance(value, float)}
-    registry.describe(version, {"run": plain(run.name)} | known)
+    models.describe(version, {"run": plain(run.name)} | known)
     return version
 
 
@@ -199,7 +199,7 @@ def _description(config: Config, name: str) -> str:
 
 
 def _judge(
-    registry: Registry, champion: Version | None, version: Version, settings: Promote, typed: Sequence[str]
+    models: Registry, champion: Version | None, version: Version, settings: Promote, typed: Sequence[str]
 ) -> Decision:
     if champion is None:
         return Decision(True, ["the first champion: there was none to compare with"])
@@ -208,7 +208,7 @@ def _judge(
     from gaplab.trained import load_model
 
     one, other = (
-        load_model(f"models:/{registry.name}/{which.number}", registry.uri, typed) for which in (champion, version)
+        load_model(f"models:/{models.name}/{which.number}", models.uri, typed) for which in (champion, version)
     )
     against = champion.number
     if one.in_shape != other.in_shape or one.classes != other.classes:
@@ -244,12 +244,12 @@ def _gap(model: "Trained") -> Gap | None:
     return Gap(*values) if len(values) == 3 else None
 
 
-def _list(console: Console, registry: Registry) -> None:
-    versions = registry.versions()
+def _list(console: Console, models: Registry) -> None:
+    versions = models.versions()
     if not versions:
-        console.print(f"{registry.name}: no version yet; python src/promote.py run=latest makes one")
+        console.print(f"{models.name}: no version yet; python src/promote.py run=latest makes one")
         return
-    table = Table(title=escape(registry.name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(models.name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("version", "is", "run", "test", "gap, pp", "gate", "why"):
         table.add_column(heading)
     for one in versions:
@@ -277,7 +277,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _print(console: Console, registry: Registry, version: Version, decision: Decision) -> None:
+def _print(console: Console, models: Registry, version: Version, decision: Decision) -> None:
     if decision.paired is not None:
         console.print(f"version {version.number} beside the champion, version {decision.against}")
     for reason in decision.reasons:
@@ -286,10 +286,10 @@ def _print(console: Console, registry: Registry, version: Version, decision: Dec
         p = f"= {decision.paired.p:.3g}" if decision.paired.p >= 1e-16 else "< 1e-16"
         console.print(f"  McNemar p {p} on {decision.paired.total:,} samples", markup=False)
     if decision.passed:
-        console.print(f"{registry.name}: version {version.number} is champion", markup=False)
+        console.print(f"{models.name}: version {version.number} is champion", markup=False)
     else:
         again = f"python src/promote.py version={version.number} force=true"
-        console.print(f"{registry.name}: version {version.number} is challenger; by hand: {again}", markup=False)
+        console.print(f"{models.name}: version {version.number} is challenger; by hand: {again}", markup=False)
 
 
 def _pp(value: float) -> str:

@@ -160,12 +160,12 @@ def registry(logged, request):
 
 def test_a_version_is_added_once_and_is_challenger(logged):
     _, uri, run_id = logged
-    registry = Registry(uri, "once")
-    assert registry.versions() == []
-    one = registry.add(registry.logged(run_id), run_id, "said of it")
-    assert registry.add(registry.logged(run_id), run_id, "again") == one
+    models = Registry(uri, "once")
+    assert models.versions() == []
+    one = models.add(models.logged(run_id), run_id, "said of it")
+    assert models.add(models.logged(run_id), run_id, "again") == one
     assert (one.number, one.aliases, one.run_id) == (1, ["challenger"], run_id)
-    assert registry._client.get_model_version("once", "1").description == "said of it"
+    assert models._client.get_model_version("once", "1").description == "said of it"
 
 
 def test_champions_follow_each_other_and_come_back(registry):
@@ -260,10 +260,10 @@ def test_a_model_that_brings_its_own_code_is_not_loaded(model, tmp_path, change)
 
 def test_a_run_that_went_on_has_another_model(logged):
     folder, uri, run_id = logged
-    registry = Registry(uri, "gaplab")
-    known = registry.logged(run_id, export.weights_of(folder))
-    assert known == registry.logged(run_id)
-    assert registry.logged(run_id, "0" * 64) is None
+    models = Registry(uri, "gaplab")
+    known = models.logged(run_id, export.weights_of(folder))
+    assert known == models.logged(run_id)
+    assert models.logged(run_id, "0" * 64) is None
 
 
 def test_a_server_that_is_away_is_named_within_seconds():

@@ -38,8 +38,8 @@ def champion(tmp_path_factory):
     sent(home / "runs" / "one")
     run_id = read_receipt(home / "runs" / "one")["run_id"]
     model_id = export.log(home / "runs" / "one", run_id, list(configs.USUAL_TARGETS), config.tracking.uri)
-    registry = Registry(config.tracking.uri, "gaplab")
-    registry.crown(registry.add(model_id, run_id, "served"))
+    models = Registry(config.tracking.uri, "gaplab")
+    models.crown(models.add(model_id, run_id, "served"))
     return home
 
 
