@@ -97,6 +97,11 @@ class Paired:
     high: float
     p: float
 
+    @property
+    def p_shown(self) -> str:
+        """With its sign, for people: `= 0.013`."""
+        return f"= {self.p:.3g}" if self.p >= 1e-16 else "< 1e-16"
+
 
 def answer(network: Trained, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
     """What a network says of every sample of `batches`: images uint8 (B, C, H, W), labels int64 (B,)."""
@@ -324,7 +329,7 @@ def _print(
         change, low, high = 100 * paired.difference, 100 * paired.low, 100 * paired.high
         console.print(f"against   {plain(other.name)}: accuracy {paired.first_acc:.4f}", markup=False, soft_wrap=True)
         console.print(
-            f"          {change:+.2f} pp [{low:+.2f}, {high:+.2f}], McNemar p {_p(paired.p)}; right: both "
+            f"          {change:+.2f} pp [{low:+.2f}, {high:+.2f}], McNemar p {paired.p_shown}; right: both "
             f"{paired.both:,}, only this {paired.only_second:,}, only the other {paired.only_first:,}, neither "
             f"{paired.neither:,}",
             markup=False,
@@ -332,7 +337,3 @@ def _print(
         )
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def _p(value: float) -> str:
-    return f"= {value:.3g}" if value >= 1e-16 else "< 1e-16"

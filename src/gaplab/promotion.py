@@ -283,8 +283,7 @@ def _print(console: Console, models: Registry, version: Version, decision: Decis
     for reason in decision.reasons:
         console.print(f"  {reason}", markup=False)
     if decision.paired is not None:
-        p = f"= {decision.paired.p:.3g}" if decision.paired.p >= 1e-16 else "< 1e-16"
-        console.print(f"  McNemar p {p} on {decision.paired.total:,} samples", markup=False)
+        console.print(f"  McNemar p {decision.paired.p_shown} on {decision.paired.total:,} samples", markup=False)
     if decision.passed:
         console.print(f"{models.name}: version {version.number} is champion", markup=False)
     else:
