@@ -9,6 +9,8 @@ PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+# in .venv it may be written: every process would compile torch and MLflow anew, for up to 15 s
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train sweep report sync test test-faults test-cluster test-ui check format ui serve bench clean

@@ -226,6 +226,7 @@ def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
 
 def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: Path, capsys):
     keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.dropout=0.1"]
+    keys += ["tracking.log_model=false"]
     process = subprocess.Popen(
         [sys.executable, str(configs.PROJECT / "src" / "train.py"), *keys, f"paths.outputs={tmp_path}"],
         stdout=subprocess.PIPE,

@@ -34,6 +34,7 @@ def finished(tmp_path_factory):
         "trainer.max_epochs=2",
         "data.train_size=2000",
         "trainer.threads=1",
+        "tracking.log_model=false",
         "+tracking.tags.who=test",
     ]
     done = subprocess.run(

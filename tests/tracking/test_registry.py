@@ -14,8 +14,9 @@ from conftest import composed, sent
 
 from gaplab import config as configs
 from gaplab import export, launch
+from gaplab.config import MLflow
 from gaplab.errors import UserError
-from gaplab.tracking.journal import read_journal, read_receipt
+from gaplab.tracking.journal import Tracker, read_journal, read_receipt
 from gaplab.tracking.registry import Registry, download, fetch
 
 KEYS = ["model=cnn", "model.widths=[4,8]", "model.hidden_dims=[16]", "model.bn=true", "model.dropout=0.2"]
@@ -118,22 +119,38 @@ def test_the_run_has_ended_before_its_model_is_logged_and_once_is_enough(logged)
     assert shown["test/acc"] == run.data.metrics["test/acc"]
 
 
-def test_a_network_that_cannot_be_exported_is_told_of_in_mlflow_and_harms_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(configs.PROJECT / "tests"))
-    keys = ["trainer.max_epochs=1", "data.train_size=200", "data.valid_size=100", "figures=false", "seed=3"]
-    own = ["model=custom", "model._target_=networks.Choosy", "allowed_targets=[gaplab,torch,torchvision,networks]"]
+def test_a_network_that_cannot_be_exported_is_told_of_in_one_line(tmp_path, logged, monkeypatch, capsys):
+    _, uri, run_id = logged
+    monkeypatch.syspath_prepend(str(configs.PROJECT / "tests"))
+    keys = ["trainer.max_epochs=1", "data.train_size=200", "data.valid_size=100", "figures=false", "tracking=none"]
+    packages = [*configs.USUAL_TARGETS, "networks"]
+    own = ["model=custom", "model._target_=networks.Choosy", f"allowed_targets=[{','.join(packages)}]"]
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
         cfg = compose("train", [f"paths.outputs={tmp_path}", "trainer.accelerator=cpu", *keys, *own])
-    config = configs.from_hydra(cfg, own)
-    launch.launch(config, tmp_path / "runs" / "one")
-    sent(tmp_path / "runs" / "one")
+    launch.launch(configs.from_hydra(cfg, own), tmp_path / "one")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    try:
+        assert export.main(tmp_path / "one", run_id, packages) == 2
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().err.splitlines()[-1]  # what MLflow is told
+    assert said.startswith("torch.export cannot take this network")
+
+
+def test_a_model_that_is_not_logged_is_told_of_in_mlflow_and_the_rest_is_sent(logged, tmp_path):
     from mlflow import MlflowClient
 
-    run = MlflowClient(config.tracking.uri).get_run(read_receipt(tmp_path / "runs" / "one")["run_id"])
+    _, uri, _ = logged
+    tracker = Tracker(tmp_path, MLflow(uri=uri), "without a checkpoint", {})
+    tracker.finish("FINISHED", 0, model=True)
+    sent(tmp_path)
+    run = MlflowClient(uri).get_run(read_receipt(tmp_path)["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.tags["model/problem"].startswith("torch.export cannot take this network")
+    assert run.data.tags["model/problem"].endswith("config.yaml: cannot be read (No such file or directory)")
 
 
 def test_a_run_whose_config_names_other_packages_is_exported_by_who_trusts_them_alone(logged, tmp_path):
