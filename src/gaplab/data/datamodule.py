@@ -150,6 +150,28 @@ def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:
         yield images, part.labels.index_select(0, indices.to(part.labels.device))
 
 
+@dataclass
+class Sources:
+    """What a data config names, before any seed has split it; `parts` are int64 indices into `train`, or `test`."""
+
+    train: Source
+    test: Source
+    parts: dict[str, np.ndarray]
+    classes: list[str]
+
+
+def read_sources(data: Data, allowed_targets: list[str] | None = None, cache: Path | None = None) -> Sources:
+    """Read the data that a config group describes, from the folder `cache` if they are there. Raises UserError."""
+    if isinstance(data, ImageFolder):
+        source, parts, classes = _image_folder(data, cache)
+        return Sources(source, source, parts, classes)
+    assert isinstance(data, TorchvisionData)
+    train, test, classes = _torchvision(data, allowed_targets or ["torchvision"], cache)
+    if data.num_train not in (None, len(train.labels)):
+        raise UserError(f"data.num_train={data.num_train}: {data.name} in {data.root} has {len(train.labels)}")
+    return Sources(train, test, {"train": np.arange(len(train.labels)), "test": np.arange(len(test.labels))}, classes)
+
+
 def build_datamodule(
     data: Data,
     seed: int,
@@ -158,20 +180,14 @@ def build_datamodule(
     allowed_targets: list[str] | None = None,
     ranks: Ranks = ALONE,
     cache: Path | None = None,
+    sources: Sources | None = None,
 ) -> DataModule:
-    """Read the data that a config group describes, from the folder `cache` if they are there, and split them.
+    """Read the data that a config group describes, as `read_sources`, unless `sources` has them, and split them.
 
     Raises UserError.
     """
-    if isinstance(data, ImageFolder):
-        source, parts, classes = _image_folder(data, cache)
-        test_source = source
-    else:
-        assert isinstance(data, TorchvisionData)
-        source, test_source, classes = _torchvision(data, allowed_targets or ["torchvision"], cache)
-        parts = {"train": np.arange(len(source.labels)), "test": np.arange(len(test_source.labels))}
-        if data.num_train not in (None, len(source.labels)):
-            raise UserError(f"data.num_train={data.num_train}: {data.name} in {data.root} has {len(source.labels)}")
+    sources = sources or read_sources(data, allowed_targets, cache)
+    source, parts, classes = sources.train, sources.parts, sources.classes
     labels = source.labels.numpy()
     official = parts["train"]
     if "valid" in parts:
@@ -186,7 +202,7 @@ def build_datamodule(
         "valid": Split(source, torch.from_numpy(valid), source.labels),
     }
     if len(parts.get("test", [])):
-        splits["test"] = Split(test_source, torch.from_numpy(parts["test"]), test_source.labels)
+        splits["test"] = Split(sources.test, torch.from_numpy(parts["test"]), sources.test.labels)
     return DataModule(splits, classes, data, seed, chunk_size, bn, ranks)
 
 

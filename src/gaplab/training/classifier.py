@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LRScheduler
 
 from gaplab import config
 from gaplab.errors import DivergenceError
@@ -56,6 +57,7 @@ class Classifier(LightningModule):
         train_s: seconds spent in training steps by this process.
         first_step: `time.perf_counter()` when the first training step began, None before.
         at: where training is.
+        stopped: whether training ended early, as the newest checkpoint has it.
         after_step: called in turn with the number of steps after each optimizer step; a checkpoint may be saved there.
     """
 
@@ -86,7 +88,7 @@ class Classifier(LightningModule):
         self._answers: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._mean_loss = torch.zeros(())
-        self._stopped = False
+        self.stopped = False
         self._own: dict[str, Any] | None = None  # of this process in a checkpoint, until training goes on
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -98,6 +100,7 @@ class Classifier(LightningModule):
         self._ranks = ranks
         self._compile = compile
         self._captured: CapturedStep | None = None
+        self._autocast = False
         self.steps_per_epoch = -(-batches_per_epoch // accumulate)
         self.save_hyperparameters(hyper_parameters)
 
@@ -105,18 +108,22 @@ class Classifier(LightningModule):
         return self.network(images)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets, self._compile)
         assert self.trainer.max_epochs is not None
-        total = self.steps_per_epoch * self.trainer.max_epochs
-        scheduler = build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
+        optimizer, scheduler = self.build(self.trainer.max_epochs)
         return optimizer if scheduler is None else ([optimizer], [{"scheduler": scheduler, "interval": "step"}])
+
+    def build(self, max_epochs: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+        """Optimizer and schedule of a training of `max_epochs`."""
+        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets, self._compile)
+        total = self.steps_per_epoch * max_epochs
+        return optimizer, build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
 
     def on_fit_start(self) -> None:
         """Have Lightning begin after the epochs of a checkpoint; within an epoch, the loader knows where to begin."""
         finished: Any = self.trainer.fit_loop.epoch_progress.current
         finished.processed = finished.completed = self.at.epochs
         self._count_steps()
-        self.trainer.should_stop = self._stopped
+        self.trainer.should_stop = self.stopped
 
     def on_train_epoch_start(self) -> None:
         if self._own is not None:  # nothing draws from here to the first step
@@ -125,6 +132,9 @@ class Classifier(LightningModule):
             self._own = None
 
     def on_train_epoch_end(self) -> None:
+        self.end_epoch()
+
+    def end_epoch(self) -> None:
         self.at.epochs, self.at.batches = self.at.epochs + 1, 0
         self.running = [0, 0]
 
@@ -139,32 +149,44 @@ class Classifier(LightningModule):
         scheduler = self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert not isinstance(scheduler, list)
-        autocast = torch.is_autocast_enabled(self.device.type)
+        self._autocast = torch.is_autocast_enabled(self.device.type)
         if self._compile and self._captured is None:
             self._captured = CapturedStep(self._whole_step, optimizer, min(self._batch_size, self._samples_per_epoch))
-        at, learn = self.at, self._captured or self._learn
+        learn = self._captured or self._learn
         try:
             for images, labels in chunk:
                 loss, answers = learn(images, labels)
-                at.batches += 1
-                self._losses.append(loss)
-                self._answers.append(answers)
-                self._labels.append(labels)
-                if at.batches % self._accumulate == 0 or at.batches == self._batches_per_epoch:
-                    if self._captured is None:
-                        self._update(optimizer)
-                    at.lr = optimizer.param_groups[0]["lr"]
-                    if scheduler is not None:
-                        scheduler.step()
-                    at.steps += 1
-                    if autocast:  # it would go on with copies of the weights made before this step
-                        torch.clear_autocast_cache()
-                    for call in self.after_step:
-                        call(at.steps)
+                self.advance(loss, answers, labels, optimizer, scheduler)
             self.count_up()
         finally:
             self.train_s += time.perf_counter() - start
         return self._mean_loss
+
+    def advance(
+        self, loss: Tensor, answers: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        """Go on from a mini-batch whose gradient is there: count it, and take the optimizer step that it completes.
+
+        Args:
+            loss, answers, labels: of the mini-batch: (), (B,), (B,).
+        """
+        at = self.at
+        at.batches += 1
+        self._losses.append(loss)
+        self._answers.append(answers)
+        self._labels.append(labels)
+        if at.batches % self._accumulate and at.batches != self._batches_per_epoch:
+            return
+        if self._captured is None:
+            self._update(optimizer)
+        at.lr = optimizer.param_groups[0]["lr"]
+        if scheduler is not None:
+            scheduler.step()
+        at.steps += 1
+        if self._autocast:  # it would go on with copies of the weights made before this step
+            torch.clear_autocast_cache()
+        for call in self.after_step:
+            call(at.steps)
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradient of a mini-batch, or of its part of an optimizer step; its mean loss (), answers (B,)."""
@@ -197,7 +219,8 @@ class Classifier(LightningModule):
         """Bring `running`, and Lightning's `global_step`, up to the newest step. Raises DivergenceError."""
         if not self._losses:
             return
-        self._count_steps()
+        if self._trainer is not None:
+            self._count_steps()
         self._mean_loss = self._finite(torch.stack(self._losses)).mean()
         labels = torch.cat(self._labels)
         self.running[0] += int((torch.cat(self._answers) == labels).sum())
@@ -206,11 +229,13 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say where training is in gaplab's own words: Lightning's count chunks, which a checkpoint may divide."""
-        del checkpoint["loops"]
+        checkpoint.pop("loops", None)
+        if self._trainer is not None:
+            self.stopped = self.trainer.should_stop
         checkpoint["progress"] = {
             **asdict(self.at),
             "running": [int(value) for value in self._ranks.total(*self.running)],
-            "stopped": self.trainer.should_stop,
+            "stopped": self.stopped,
         }
         own = {"rng": rng_state(), "statistics": {} if self._ranks.size == 1 else running_statistics(self.network)}
         checkpoint["ranks"] = self._ranks.everyones(own)
@@ -220,7 +245,7 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.at = Position(**{item.name: progress[item.name] for item in fields(Position)})
-        self._stopped = progress["stopped"]
+        self.stopped = progress["stopped"]
         self.running = progress["running"] if self._ranks.rank == 0 else [0, 0]
         ranks = checkpoint["ranks"]
         if len(ranks) == self._ranks.size:
@@ -253,9 +278,9 @@ class Classifier(LightningModule):
             return losses
         first = int((~losses.isfinite()).nonzero()[0])
         number = (self.at.batches - len(losses) + first) // self._accumulate
-        step = self.current_epoch * self.steps_per_epoch + number + 1
+        step = self.at.epochs * self.steps_per_epoch + number + 1
         raise DivergenceError(
-            f"the loss is {float(losses[first])} at step {step} (epoch {self.current_epoch + 1}); a lower "
+            f"the loss is {float(losses[first])} at step {step} (epoch {self.at.epochs + 1}); a lower "
             "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
         )
 

@@ -99,6 +99,7 @@ class GapCallback(Callback):
         ranks: the processes that train together; `batches` gives this one's part.
         train_every: epochs from one evaluation of the train split to the next. One that stops early may end without;
             `complete` is for it, and for the best one.
+        clock: seconds of the run so far, from any instant.
 
     Attributes:
         history: the finished epochs, those before a checkpoint included.
@@ -112,6 +113,7 @@ class GapCallback(Callback):
         on_epoch: Callable[[Epoch], None],
         ranks: Ranks = ALONE,
         train_every: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.history: list[Epoch] = []
         self.eval_s = 0.0
@@ -121,45 +123,56 @@ class GapCallback(Callback):
         self._on_epoch = on_epoch
         self._ranks = ranks
         self._train_every = train_every
+        self._clock = clock
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        self._module = pl_module
-        self._start = time.perf_counter() - self._elapsed[0], pl_module.train_s - self._elapsed[1]
-        self._elapsed = 0.0, 0.0
+        self.begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        evaluation = time.perf_counter()
-        pl_module.average_statistics_()
-        number = trainer.current_epoch + 1
+        assert trainer.max_epochs is not None
         with trainer.precision_plugin.forward_context():
-            found = {
-                split: score(pl_module.network, self._batches(split), self._num_classes, pl_module.device, self._ranks)
-                for split in ("train", "valid")
-                if split == "valid" or number % self._train_every == 0 or number == trainer.max_epochs
-            }
+            epoch = self.measure(trainer.max_epochs)
+        pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
+        self._on_epoch(epoch)
+
+    def begin(self, classifier: Classifier) -> None:
+        """Start an epoch of `classifier`'s, or go on within the one of a checkpoint."""
+        self._classifier = classifier
+        self._start = self._clock() - self._elapsed[0], classifier.train_s - self._elapsed[1]
+        self._elapsed = 0.0, 0.0
+
+    def measure(self, max_epochs: int) -> Epoch:
+        """End the epoch: evaluate, and add it to `history`. Raises DivergenceError."""
+        evaluation = self._clock()
+        classifier = self._classifier
+        classifier.average_statistics_()
+        number = classifier.at.epochs + 1
+        found = {
+            split: score(classifier.network, self._batches(split), self._num_classes, classifier.device, self._ranks)
+            for split in ("train", "valid")
+            if split == "valid" or number % self._train_every == 0 or number == max_epochs
+        }
         if not all(math.isfinite(one.loss) for one in found.values()):
             raise DivergenceError(
-                f"the loss after epoch {number} (step {trainer.global_step}) is not finite; a lower "
+                f"the loss after epoch {number} (step {classifier.at.steps}) is not finite; a lower "
                 "optimizer.lr, trainer.gradient_clip_val or model.bn=true may help; the last checkpoint is older"
             )
-        now = time.perf_counter()
+        now = self._clock()
         self.eval_s += now - evaluation
-        hits, count = self._ranks.total(*pl_module.running)
+        hits, count = self._ranks.total(*classifier.running)
         epoch = Epoch(
             number=number,
             train=found.get("train"),
             valid=found["valid"],
             running_acc=hits / count,
-            lr=pl_module.at.lr,
+            lr=classifier.at.lr,
             epoch_s=now - self._start[0],
             eval_s=now - evaluation,
-            steps_per_s=pl_module.steps_per_epoch / (pl_module.train_s - self._start[1]),
+            steps_per_s=classifier.steps_per_epoch / (classifier.train_s - self._start[1]),
         )
         self.history.append(epoch)
-        pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
-        self._on_epoch(epoch)
+        return epoch
 
     def complete(self, epoch: Epoch, train: Score) -> Epoch:
         """Give a finished epoch the train split's score, which was measured with its weights afterwards. Raises
@@ -171,8 +184,8 @@ class GapCallback(Callback):
         return known
 
     def state_dict(self) -> dict[str, Any]:
-        elapsed = time.perf_counter() - self._start[0], self._module.train_s - self._start[1]
-        if self._module.at.batches == 0:  # the epoch is over
+        elapsed = self._clock() - self._start[0], self._classifier.train_s - self._start[1]
+        if self._classifier.at.batches == 0:  # the epoch is over
             elapsed = 0.0, 0.0
         return {"history": [asdict(epoch) for epoch in self.history], "elapsed": elapsed}
 
