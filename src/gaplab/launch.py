@@ -25,6 +25,7 @@ from gaplab.machine import uncollected
 from gaplab.notes import NOTE, of_run
 from gaplab.recovery import recover
 from gaplab.result import RunResult, print_summary, print_times
+from gaplab.run import Run
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, read_journal
 
 if TYPE_CHECKING:
@@ -48,7 +49,24 @@ def main(config: Config, typed: list[str]) -> Path | None:
 
 
 def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, condition: str = "") -> RunResult:
-    """Run the job that `config` says, or go on with it where a checkpoint in `folder` left it.
+    """Run the job that `config` says, or go on with it where a checkpoint in `folder` left it; as `opened`."""
+    with opened(config, folder, in_sweep, condition) as run:
+        if not in_sweep:
+            recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
+        if configs.world_size(config.trainer) > 1:
+            output = run.folder / "console.log" if in_sweep else None
+            torchrun.run(config, run.folder, run.result, run.started, output)
+        else:
+            with run.result.timed("imports"), uncollected():  # in which the sender gets ready too
+                from gaplab import worker
+
+            worker.train(run)
+    return run.result
+
+
+@contextmanager
+def opened(config: Config, folder: Path | None = None, in_sweep: bool = False, condition: str = "") -> Iterator[Run]:
+    """A run from its first word to its last: its folder, its journal, its result.
 
     Args:
         config: checked.
@@ -81,19 +99,10 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, c
         with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)
             with _recorded(result, folder, tracker, console, started, _logs_model(config, in_sweep)):
-                if not in_sweep:
-                    recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
-                if configs.world_size(config.trainer) > 1:
-                    torchrun.run(config, folder, result, started, folder / "console.log" if in_sweep else None)
-                else:
-                    with result.timed("imports"), uncollected():  # in which the sender gets ready too
-                        from gaplab import worker
-
-                    worker.run(config, folder, tracker, result, started, console)
+                yield Run(config, folder, tracker, result, started, console)
             print_summary(console, result, config)
             if config.trainer.profile:
                 print_times(console, result)
-    return result
 
 
 def _logs_model(config: Config, in_sweep: bool) -> bool:

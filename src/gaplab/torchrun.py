@@ -2,7 +2,7 @@
 
     train.py                           composes, checks, keeps the run's folder, its journal's end and its result
        └─ agent  (a process)           torchrun's: waits for the machines, starts the ranks, hears of their end
-            └─ rank 0, 1, …            `worker.run`; the first one writes journal, checkpoints and result
+            └─ rank 0, 1, …            `worker.train`; the first one writes journal, checkpoints and result
 
 Hydra runs in the first of these alone. What processes tell each other lies as JSON in the folder `ranks`.
 """
@@ -47,7 +47,7 @@ ERRORS = {kind.__name__: kind for kind in (UserError, TrainingError, DivergenceE
 
 
 def run(config: Config, folder: Path, result: RunResult, started: float, output: Path | None) -> None:
-    """Train and measure on several devices; what `worker.run` does on one.
+    """Train and measure on several devices; what `worker.train` does on one.
 
     Args:
         config: checked; the one in `folder`.
@@ -288,6 +288,7 @@ def _rank(scratch: Path) -> int:
 def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], ranks: Any) -> None:
     from rich.console import Console
 
+    from gaplab.run import Run
     from gaplab.tracking.journal import Tracker
 
     is_first = ranks.rank == 0
@@ -298,7 +299,8 @@ def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], 
     where = job["output"] if is_first else os.devnull
     output = open(where, "a", encoding="utf-8") if where else None  # noqa: SIM115 (open for the whole process)
     try:
-        worker.run(config, folder, tracker, result, job["started"], Console(file=output, highlight=False), ranks)
+        console = Console(file=output, highlight=False)
+        worker.train(Run(config, folder, tracker, result, job["started"], console), ranks)
     finally:
         if is_first:
             write_whole(scratch / "result.json", json.dumps(asdict(result)))

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from gaplab import config as configs
 from gaplab import figures, interrupt
 from gaplab.config import Config
-from gaplab.data.datamodule import DataModule, build_datamodule
+from gaplab.data.datamodule import DataModule, Sources, build_datamodule
 from gaplab.errors import TrainingError, UserError
 from gaplab.machine import memory, usable_cores
 from gaplab.metrics import Score
@@ -34,8 +35,8 @@ from gaplab.nn.footprint import Footprint, footprint
 from gaplab.nn.init import lsuv_
 from gaplab.ranks import ALONE, Ranks
 from gaplab.result import RESULT_NAMES, RunResult
+from gaplab.run import Run
 from gaplab.seeding import derive_seed
-from gaplab.tracking.journal import Tracker
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint
 from gaplab.training.classifier import Batch, Classifier
@@ -48,31 +49,24 @@ LSUV_SAMPLES = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def run(
-    config: Config,
-    folder: Path,
-    tracker: Tracker,
-    result: RunResult,
-    started: float,
-    console: Console,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Train, measure, track: from the beginning, or from the newest checkpoint in `folder`.
+def train(run: Run, ranks: Ranks = ALONE) -> None:
+    """Train, measure, track: from the beginning, or from the newest checkpoint in the run's folder.
 
     Args:
-        config: checked.
-        folder: the run's own, existing folder.
-        tracker: the run's journal.
-        result: filled in as things become known.
-        started: `time.perf_counter()` when the command began.
-        console: where to tell people of it.
-        ranks: the processes that train together; all run this, and the first one writes.
+        run: whose result is filled in.
+        ranks: the processes that train together; all do this, and the first one writes.
 
     Raises UserError, TrainingError, Interrupted.
     """
+    with explained_memory(), quiet_lightning():
+        _train(run, ranks)
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Raises TrainingError where memory does not suffice."""
     try:
-        with quiet_lightning():
-            _run(config, folder, tracker, result, started, console, ranks)
+        yield
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -87,15 +81,61 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _run(
-    config: Config,
-    folder: Path,
-    tracker: Tracker,
-    result: RunResult,
-    started: float,
-    console: Console,
-    ranks: Ranks,
-) -> None:
+def _train(run: Run, ranks: Ranks) -> None:
+    config, tracker, result = run.config, run.tracker, run.result
+    set_up(config, ranks)
+    data, network, digest = prepare(run, ranks)
+    progress = ProgressBar(run.console)
+
+    def on_epoch(epoch: Epoch) -> None:
+        tracker.metrics(epoch.metrics(), epoch.number)
+        progress.show(epoch, config.trainer.max_epochs)
+
+    def batches(split: str) -> Iterator[Batch]:
+        return checkpoints.paused(data.batches(split, shared=True))
+
+    measured = GapCallback(batches, len(data.classes), on_epoch, ranks, config.metrics.train_every)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1], ranks
+    )
+    callbacks: list[pl.Callback] = [measured, progress]
+    looks = None
+    if every := config.trainer.log_activations_every:
+        looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
+        callbacks.append(looks)
+    trainer = _trainer(config, run.folder, [*callbacks, checkpoints], ranks)
+    classifier = _classifier(config, data, network, digest, ranks)
+    if config.trainer.precision == "64-true":
+        classifier.double()  # Lightning would do so after it has read a checkpoint into float32
+    result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
+    if ranks.size > 1 and config.model.bn:
+        result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
+        each = "" if _synchronizes(config) else "of each one's part of a mini-batch, running statistics "
+        tracker.tags({"batchnorm": f"{each}{result.batchnorm} over {ranks.size} devices"})
+    checkpoint = _go_on(run.folder / "checkpoints", classifier, data, run.console, ranks)
+    start = time.perf_counter()
+    try:
+        with interrupt.deferred():
+            trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
+        result.steps = classifier.at.steps
+        result.times |= {
+            "steps": classifier.train_s - checkpoints.within_s,
+            "evaluation": measured.eval_s,
+            "checkpoints": checkpoints.save_s,
+        }
+        record(result, measured)
+    if ranks.rank:
+        return
+
+    network.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU, away from the data
+    forward = trainer.precision_plugin.forward_context
+    conclude(run, data, network, measured, forward, classifier.first_step, looks)
+
+
+def set_up(config: Config, ranks: Ranks = ALONE) -> None:
+    """What belongs to the process: threads, memory. Raises UserError."""
     _keep_freed_memory()
     if not torch.cuda.is_available():  # Lightning has torch load NVIDIA's library to see that, in every optimizer step
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
@@ -105,6 +145,17 @@ def _run(
         torch.set_num_threads(config.trainer.threads)
     elif ranks.size > 1:
         torch.set_num_threads(max(1, usable_cores() // config.trainer.devices))
+
+
+def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> tuple[DataModule, Network, str]:
+    """The data of a run, its network with the initial weights, and the data's digest. Raises UserError.
+
+    Args:
+        run: begun.
+        ranks: as in `train`.
+        sources: the data, if somebody has read them.
+    """
+    config, folder, tracker, result = run.config, run.folder, run.tracker, run.result
     pl.seed_everything(config.seed, verbose=False)
     with result.timed("data"):
         data = build_datamodule(
@@ -114,7 +165,8 @@ def _run(
             config.model.bn,
             config.allowed_targets,
             ranks,
-            configs.folder("paths.outputs", config.paths.outputs) / "cache",
+            data_cache(config),
+            sources,
         )
         digest = data.splits["train"].source.digest()
     ranks.meet("data")  # reading them may take machines very unequal times
@@ -131,57 +183,38 @@ def _run(
     sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
     tracker.dataset(config.data.name, digest, config.data.root, sizes)
+    return data, network, digest
 
-    progress = ProgressBar(console)
 
-    def on_epoch(epoch: Epoch) -> None:
-        tracker.metrics(epoch.metrics(), epoch.number)
-        progress.show(epoch, config.trainer.max_epochs)
+def data_cache(config: Config) -> Path:
+    return configs.folder("paths.outputs", config.paths.outputs) / "cache"
 
-    def batches(split: str) -> Iterator[Batch]:
-        return checkpoints.paused(data.batches(split, shared=True))
 
-    measured = GapCallback(batches, len(data.classes), on_epoch, ranks, config.metrics.train_every)
-    checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1], ranks
-    )
-    callbacks: list[pl.Callback] = [measured, progress]
-    looks = None
-    if every := config.trainer.log_activations_every:
-        looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
-        callbacks.append(looks)
-    trainer = _trainer(config, folder, [*callbacks, checkpoints], ranks)
-    classifier = _classifier(config, data, network, digest, ranks)
-    if config.trainer.precision == "64-true":
-        classifier.double()  # Lightning would do so after it has read a checkpoint into float32
-    result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
-    if ranks.size > 1 and config.model.bn:
-        result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
-        each = "" if _synchronizes(config) else "of each one's part of a mini-batch, running statistics "
-        tracker.tags({"batchnorm": f"{each}{result.batchnorm} over {ranks.size} devices"})
-    checkpoint = _go_on(folder / "checkpoints", classifier, data, console, ranks)
-    start = time.perf_counter()
-    try:
-        with interrupt.deferred():
-            trainer.fit(classifier, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    finally:
-        result.fit_s = checkpoints.earlier_s + time.perf_counter() - start
-        result.steps = classifier.at.steps
-        result.times |= {
-            "steps": classifier.train_s - checkpoints.within_s,
-            "evaluation": measured.eval_s,
-            "checkpoints": checkpoints.save_s,
-        }
-        _record(result, measured)
-    if ranks.rank:
-        return
+def conclude(
+    run: Run,
+    data: DataModule,
+    network: Network,
+    measured: GapCallback,
+    forward: Callable[[], AbstractContextManager[None]],
+    first_step: float | None,
+    looks: ActivationsCallback | None = None,
+) -> None:
+    """Measure what is known at the end alone, draw, and have the tracker take it.
 
-    device = trainer.strategy.root_device
-    network.to(device)  # Lightning has moved it to the CPU, away from the data
+    Args:
+        run: trained.
+        data, network: on one device; the network is left with the best epoch's weights.
+        measured: the epochs.
+        forward: the context of the precision that it was trained in.
+        first_step: `time.perf_counter()` then; None when nothing was left to train.
+        looks: at the activations.
+    """
+    config, folder, tracker, result = run.config, run.folder, run.tracker, run.result
+    device = next(network.parameters()).device
 
     def complete(epoch: Epoch) -> None:
         if epoch.train is None:
-            with trainer.precision_plugin.forward_context(), result.timed("evaluation"):
+            with forward(), result.timed("evaluation"):
                 found = score(network, data.batches("train"), len(data.classes), device)
             tracker.metrics(measured.complete(epoch, found).train_metrics(), epoch.number)
 
@@ -191,8 +224,8 @@ def _run(
         raise TrainingError(f"best.ckpt is not of the best epoch, {measured.best.number}; begin a new run")
     network.load_state_dict({name.removeprefix("network."): value for name, value in best["state_dict"].items()})
     complete(measured.best)
-    _record(result, measured)
-    with result.timed("test"), trainer.precision_plugin.forward_context():
+    record(result, measured)
+    with result.timed("test"), forward():
         drawings = _test(config, data, network, measured, result)
     summary = _summary(result)
     if looks is not None:
@@ -202,8 +235,8 @@ def _run(
         summary |= {} if error is None else {"bn/identity_error": error}
     with result.timed("figures"):
         paths = figures.save_figures(folder / "figures", drawings)
-    if classifier.first_step is not None:  # else nothing was left to train
-        summary["time/to_first_step_s"] = classifier.first_step - started
+    if first_step is not None:
+        summary["time/to_first_step_s"] = first_step - run.started
     summary |= {f"time/{phase}_s": seconds for phase, seconds in result.times.items()}
     tracker.metrics(summary, result.epochs)
     for path in paths:
@@ -345,7 +378,7 @@ def _refuse_what_memory_cannot_hold(config: Config, data: DataModule, size: Foot
         )
 
 
-def _record(result: RunResult, measured: GapCallback) -> None:
+def record(result: RunResult, measured: GapCallback) -> None:
     """What the finished epochs say."""
     if not measured.history:
         return
