@@ -1,9 +1,12 @@
+import copy
+
 import pytest
+import torch
 from conftest import composed
 from networks import build
 
 from gaplab.errors import UserError
-from gaplab.training.optim import build_optimizer, build_scheduler
+from gaplab.training.optim import align_, build_optimizer, build_scheduler
 
 ALLOWED = ["torch"]
 
@@ -85,3 +88,24 @@ def test_one_cycle_leaves_the_momentum_alone():
     optimizer = build_optimizer(build("mlp"), config.optimizer, ALLOWED)
     build_scheduler(optimizer, config.scheduler, 0.1, 100, 10)
     assert optimizer.param_groups[0]["momentum"] == 0.3
+
+
+@pytest.mark.parametrize("words", [["optimizer=sgd"], ["optimizer=adam"]])
+def test_what_was_kept_in_another_memory_layout_is_gone_on_with_right(words):
+    settings, found = composed(*words).optimizer, []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(3, 4, 3)
+        optimizer = build_optimizer(network, settings, ["torch"])
+        images = torch.rand(2, 3, 5, 5)
+        network(images).square().mean().backward()
+        optimizer.step()
+        other = copy.deepcopy(network).to(memory_format=layout)
+        again = build_optimizer(other, settings, ["torch"])
+        again.load_state_dict(optimizer.state_dict())
+        align_(again)
+        other.zero_grad()
+        other(images).square().mean().backward()
+        again.step()
+        found.append(other.weight.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)

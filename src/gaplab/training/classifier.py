@@ -22,7 +22,7 @@ from gaplab import config
 from gaplab.errors import DivergenceError
 from gaplab.ranks import ALONE, Ranks
 from gaplab.training.captured import CapturedStep
-from gaplab.training.optim import build_optimizer, build_scheduler
+from gaplab.training.optim import align_, build_optimizer, build_scheduler
 
 Batch = tuple[Tensor, Tensor]
 
@@ -124,6 +124,11 @@ class Classifier(LightningModule):
         finished.processed = finished.completed = self.at.epochs
         self._count_steps()
         self.trainer.should_stop = self.stopped
+
+    def on_train_start(self) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        align_(optimizer)
 
     def on_train_epoch_start(self) -> None:
         if self._own is not None:  # nothing draws from here to the first step

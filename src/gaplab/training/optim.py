@@ -3,7 +3,8 @@
 from dataclasses import MISSING, Field, asdict, fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 
 from gaplab import config
@@ -43,6 +44,15 @@ def build_optimizer(
         return optimizer_class(groups, **taken, **forms)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
+
+
+def align_(optimizer: Optimizer) -> None:
+    """Lay what a loaded optimizer keeps out in memory as its parameters are: torch's fused forms go by place alone, and
+    silently mix up the values of a convolution when one is in channels_last and the other is not."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _default(item: Field[Any]) -> Any:
