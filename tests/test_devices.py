@@ -79,7 +79,7 @@ def test_batchnorm_of_each_devices_part_and_averaged_statistics_equal_a_direct_c
 
     torch.manual_seed(config.seed)
     data = build_datamodule(config.data, config.seed, 1, bn=True)
-    first, second = (worker._build_network(config, data).double() for _ in range(2))
+    first, second = (worker.initial_network(config, data).double() for _ in range(2))
     second.load_state_dict(first.state_dict())
     optimizer = build_optimizer(first, config.optimizer, ["torch"])
     for chunk in data.train_dataloader():

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,9 +29,10 @@ from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.live import LiveView, print_jobs, print_outcome
-from gaplab.machine import usable_cores
+from gaplab.machine import uncollected, usable_cores
 from gaplab.notes import NOTE, asked, counts, joined
 from gaplab.recovery import recover
+from gaplab.run import Run
 from gaplab.tracking.journal import SEND_WAIT_S, Tracker, append, has_ended, read_journal
 
 PROBE_SAMPLES = 4000
@@ -134,6 +135,57 @@ def run_saved(folder: Path, in_here: bool = False) -> None:
             finished = is_finished(folder, config)
         if not finished:
             launch.launch(config, folder, in_sweep=True, condition=_condition_of(folder))
+
+
+def run_together(folders: list[Path]) -> dict[Path, str]:
+    """Run the saved jobs in `folders`, of one kind (`fusing.kind`), as one, unless they are finished.
+
+    For another process than the sweep's. What kept jobs from their end, as plain text.
+    """
+    from filelock import FileLock
+
+    problems: dict[Path, str] = {}
+    waiting: dict[Path, Config] = {}
+    for folder in folders:
+        config = configs.load(folder / "config.yaml")
+        with FileLock(folder / ".lock"):
+            if not is_finished(folder, config):
+                waiting[folder] = config
+    with interrupt.handled(), _stopped_with(folders[0].parent):
+        seats: dict[Path, AbstractContextManager[Run]] = {}
+        runs = []
+
+        def leave(folder: Path, error: BaseException | None) -> None:
+            seat = seats.pop(folder)
+            try:
+                passed = seat.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+                problem = None if passed else error
+            except Exception as raised:  # as a run alone ends
+                problem = raised
+            if problem is not None:
+                problems[folder] = str(problem)
+
+        try:
+            for folder, config in waiting.items():
+                seat = launch.opened(config, folder, in_sweep=True, condition=_condition_of(folder))
+                try:
+                    runs.append(seat.__enter__())
+                    seats[folder] = seat
+                except (UserError, TrainingError) as error:
+                    problems[folder] = str(error)
+            if runs:
+                start = time.perf_counter()
+                with uncollected():
+                    from gaplab import together
+                for run in runs:
+                    run.result.times["imports"] = (time.perf_counter() - start) / len(runs)
+                together.train(runs, lambda run, error: leave(run.folder, error))
+        except BaseException as error:
+            for folder in list(seats):
+                leave(folder, error)
+            if not isinstance(error, Exception):
+                raise
+    return problems
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -104,15 +105,15 @@ def _train(run: Run, ranks: Ranks) -> None:
         looks = ActivationsCallback(data.sample("valid", SAMPLES), every, ACTIVATION_CLASSES, tracker.metrics)
         callbacks.append(looks)
     trainer = _trainer(config, run.folder, [*callbacks, checkpoints], ranks)
-    classifier = _classifier(config, data, network, digest, ranks)
+    classifier = classifier_of(config, data, network, digest, ranks)
     if config.trainer.precision == "64-true":
         classifier.double()  # Lightning would do so after it has read a checkpoint into float32
-    result.device = f"{ranks.size} x " * (ranks.size > 1) + _device_name(trainer.strategy.root_device)
+    result.device = f"{ranks.size} x " * (ranks.size > 1) + device_name(trainer.strategy.root_device)
     if ranks.size > 1 and config.model.bn:
         result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
         each = "" if _synchronizes(config) else "of each one's part of a mini-batch, running statistics "
         tracker.tags({"batchnorm": f"{each}{result.batchnorm} over {ranks.size} devices"})
-    checkpoint = _go_on(run.folder / "checkpoints", classifier, data, run.console, ranks)
+    checkpoint = go_on(run.folder / "checkpoints", classifier, data, run.console, ranks)
     start = time.perf_counter()
     try:
         with interrupt.deferred():
@@ -176,7 +177,7 @@ def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> t
         data.save_splits(folder / "splits.npz")
         np.save(folder / "example.npy", data.sample("valid", 2).cpu().numpy())  # what its model takes
     with result.timed("network"):
-        network = _build_network(config, data)
+        network = initial_network(config, data)
     if ranks.rank:  # dropout is each process's own; whatever is drawn before this is the same in all
         torch.manual_seed(derive_seed(config.seed, "rank", ranks.rank))
     result.params = sum(parameter.numel() for parameter in network.parameters())
@@ -247,7 +248,9 @@ def conclude(
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
 
 
-def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Console, ranks: Ranks) -> Path | None:
+def go_on(
+    folder: Path, classifier: Classifier, data: DataModule, console: Console, ranks: Ranks = ALONE
+) -> Path | None:
     """The checkpoint in `folder` to go on from, if any. Raises UserError if it is of another network or other data."""
     # the others take the first one's word: a folder may reach another machine late
     newest = newest_checkpoint(folder) if ranks.rank == 0 else (None, [])
@@ -276,7 +279,7 @@ def _go_on(folder: Path, classifier: Classifier, data: DataModule, console: Cons
     return path
 
 
-def _classifier(config: Config, data: DataModule, network: Network, digest: str, ranks: Ranks) -> Classifier:
+def classifier_of(config: Config, data: DataModule, network: Network, digest: str, ranks: Ranks = ALONE) -> Classifier:
     return Classifier(
         network,
         config.optimizer,
@@ -302,13 +305,9 @@ def _classifier(config: Config, data: DataModule, network: Network, digest: str,
 def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: Ranks) -> pl.Trainer:
     """Lightning's Trainer, with what gaplab does itself switched off."""
     settings = config.trainer
-    stopping: list[pl.Callback] = []
-    if settings.early_stopping is not None:
-        stopping = [
-            EarlyStopping("valid/acc", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
-        ]
+    stopping = early_stopping(config)
     return pl.Trainer(
-        accelerator=_accelerator(settings.accelerator),
+        accelerator=accelerator(settings.accelerator),
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=_strategy(ranks),
@@ -316,7 +315,7 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: 
         max_epochs=settings.max_epochs,
         precision=settings.precision,  # type: ignore[arg-type]
         deterministic=settings.deterministic,
-        callbacks=[*callbacks, *stopping],
+        callbacks=callbacks if stopping is None else [*callbacks, stopping],
         # else Lightning takes a Slurm job for ranks that srun started, and saves and requeues it in its own way
         plugins=[ChecksumIO(), LightningEnvironment() if ranks.size == 1 else TorchElasticEnvironment()],
         default_root_dir=folder,
@@ -325,6 +324,13 @@ def _trainer(config: Config, folder: Path, callbacks: list[pl.Callback], ranks: 
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def early_stopping(config: Config) -> EarlyStopping | None:
+    patience = config.trainer.early_stopping
+    if patience is None:
+        return None
+    return EarlyStopping("valid/acc", mode="max", patience=patience, check_on_train_epoch_end=True)
 
 
 def _strategy(ranks: Ranks) -> Strategy | str:
@@ -336,7 +342,7 @@ def _synchronizes(config: Config) -> bool:
     """Whether BatchNorm sees the whole mini-batch of all devices."""
     wanted = config.trainer.sync_batchnorm
     several = configs.world_size(config.trainer) > 1
-    return several and bool(_accelerator(config.trainer.accelerator) == "cuda" if wanted == "auto" else wanted)
+    return several and bool(accelerator(config.trainer.accelerator) == "cuda" if wanted == "auto" else wanted)
 
 
 def _keep_freed_memory() -> None:
@@ -348,9 +354,10 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, 1 << 30)
 
 
-def _build_network(config: Config, data: DataModule) -> Network:
+def initial_network(config: Config, data: DataModule) -> Network:
+    """The network with its initial weights. Raises UserError."""
     model, shape, classes, allowed = asdict(config.model), data.in_shape, len(data.classes), config.allowed_targets
-    _refuse_what_memory_cannot_hold(config, data, footprint(model, shape, classes, tuple(allowed)))
+    _refuse_what_memory_cannot_hold(config, data)
     network = build_network(model, shape, classes, config.seed, tuple(allowed))
     network.normalize.set_(data.mean, data.std, binary=config.data.normalize == "binary")
     train = data.splits["train"]
@@ -363,14 +370,24 @@ def _build_network(config: Config, data: DataModule) -> Network:
     return network
 
 
-def _refuse_what_memory_cannot_hold(config: Config, data: DataModule, size: Footprint) -> None:
-    """On a GPU, the weights alone: they are drawn here, and what the GPU cannot hold it says itself."""
+def bytes_of(config: Config, data: DataModule, size: Footprint) -> int:
+    """Bytes of memory that the training takes, at least, on one device. On a GPU, those of the weights alone: they are
+    drawn in main memory, and what the GPU cannot hold it says itself."""
     longest = max(len(part.indices) for part in data.splits.values())
     batch = min(config.data.batch_size // configs.world_size(config.trainer), len(data.splits["train"].indices))
     width = 8 if config.trainer.precision == "64-true" else 4
-    on_cpu = _accelerator(config.trainer.accelerator) == "cpu"
-    each = size.bytes(batch, min(config.data.eval_batch_size, longest), width) if on_cpu else width * size.params
-    needed = each * config.trainer.devices
+    if accelerator(config.trainer.accelerator) == "cuda":
+        return width * size.params
+    return size.bytes(batch, min(config.data.eval_batch_size, longest), width)
+
+
+def footprint_of(config: Config, data: DataModule) -> Footprint:
+    return footprint(asdict(config.model), data.in_shape, len(data.classes), tuple(config.allowed_targets))
+
+
+def _refuse_what_memory_cannot_hold(config: Config, data: DataModule) -> None:
+    size = footprint_of(config, data)
+    needed = bytes_of(config, data, size) * config.trainer.devices
     if needed > (available := memory()):
         raise UserError(
             f"model={config.model.name}: {size.params:,} parameters and data.batch_size={config.data.batch_size} need "
@@ -442,14 +459,25 @@ def _test(
     }
 
 
-def _accelerator(name: str) -> str:
+def accelerator(name: str) -> str:
     """CUDA or the CPU: elsewhere gaplab was never run, and float64 statistics are not to be had on Apple's GPUs."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
 
 
-def _device_name(device: torch.device) -> str:
+def device_of(config: Config) -> torch.device:
+    """Of a run on one device."""
+    return torch.device("cuda", 0) if accelerator(config.trainer.accelerator) == "cuda" else torch.device("cpu")
+
+
+def forward(config: Config) -> AbstractContextManager[None]:
+    """The context of a precision, as Lightning's trainer has it; without autocast."""
+    precision = DoublePrecision() if config.trainer.precision == "64-true" else Precision()
+    return precision.forward_context()
+
+
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

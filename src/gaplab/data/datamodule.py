@@ -1,7 +1,7 @@
 """The data of a run: sources, splits, statistics and loaders."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +143,36 @@ class DataModule(LightningDataModule):
         augment = augmentation(self._data.augment, self._data.crop_padding, self._seed, epoch)
         for number, (batch, (images, labels)) in enumerate(zip(batches, stream, strict=True), first):
             yield augment(images, number, len(batch), self._ranks.first(len(batch))), labels
+
+
+def read_together(runs: Sequence[DataModule], epoch: int, first: int) -> Iterator[Batch]:
+    """The mini-batches of an epoch, from `first` on, of R runs at once: images uint8 (R, B, C, H, W), labels (R, B).
+
+    Each gets those that it would get alone. Their train splits are of one source and of one size.
+    """
+    loaders = [one.train_dataloader() for one in runs]
+    for loader in loaders:
+        loader.sampler.set_epoch(epoch)
+    parts = [one.splits["train"] for one in runs]
+    source, device = parts[0].source, parts[0].labels.device
+    orders = torch.stack([loader.sampler.order() for loader in loaders])  # (R, N)
+    labels = torch.stack(
+        [part.labels.index_select(0, order.to(device)) for part, order in zip(parts, orders, strict=True)]
+    )
+    steps, size = loaders[0].steps, loaders[0].batch_size
+    chosen = list(zip(orders.split(size, 1), labels.split(size, 1), strict=True))[first:steps]
+    augments = [
+        augmentation(one._data.augment, one._data.crop_padding, one._seed, epoch)
+        for one in runs
+        if one._data.augment != "none"
+    ]
+    stream = source.images(indices.flatten() for indices, _ in chosen)
+    for number, ((indices, answers), flat) in enumerate(zip(chosen, stream, strict=True), first):
+        images = flat.unflatten(0, indices.shape)
+        if augments:
+            pairs = zip(augments, images, strict=True)
+            images = torch.stack([augment(own, number, len(own), 0) for augment, own in pairs])
+        yield images, answers
 
 
 def _read(part: Split, batches: list[Tensor]) -> Iterator[Batch]:

@@ -134,7 +134,6 @@ class GapCallback(Callback):
         with trainer.precision_plugin.forward_context():
             epoch = self.measure(trainer.max_epochs)
         pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in epoch.metrics().items()})
-        self._on_epoch(epoch)
 
     def begin(self, classifier: Classifier) -> None:
         """Start an epoch of `classifier`'s, or go on within the one of a checkpoint."""
@@ -172,6 +171,7 @@ class GapCallback(Callback):
             steps_per_s=classifier.steps_per_epoch / (classifier.train_s - self._start[1]),
         )
         self.history.append(epoch)
+        self._on_epoch(epoch)
         return epoch
 
     def complete(self, epoch: Epoch, train: Score) -> Epoch:

@@ -1,0 +1,116 @@
+"""A sweep's jobs in groups that are trained as one, `hydra/launcher=fused`, and the rest one by one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import MISSING, DictConfig
+
+
+@dataclass
+class FusedLauncherConf:
+    _target_: str = MISSING
+    replicas: int | None = MISSING
+    n_jobs: int | None = MISSING
+
+
+ConfigStore.instance().store(group="schema", name="FusedLauncherConf", node=FusedLauncherConf, provider="gaplab")
+
+
+class FusedLauncher(Launcher):
+    """Trains the saved jobs of a sweep in groups of one kind, in processes of this machine.
+
+    Args:
+        replicas: jobs in a group, at most; None for as many as a trial finds fastest.
+        n_jobs: processes; None for as many as the cores hold, one on a GPU.
+    """
+
+    def __init__(self, replicas: int | None, n_jobs: int | None) -> None:
+        self._replicas = replicas
+        self._n_jobs = n_jobs
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises UserError."""
+        from gaplab.config import PROCESSES_PER_CORE
+        from gaplab.errors import UserError
+        from gaplab.machine import usable_cores
+
+        most = PROCESSES_PER_CORE * usable_cores()
+        for name, wanted, limit in (("replicas", self._replicas, 10_000), ("n_jobs", self._n_jobs, most)):
+            if wanted is not None and not 1 <= wanted <= limit:
+                raise UserError(f"hydra.launcher.{name}={wanted}: must be a number in [1, {limit}], or null")
+        self._sweep = Path(config.hydra.sweep.dir)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs in the folders that `job_overrides` name. Raises what joblib does when a process is gone."""
+        from joblib import Parallel, delayed
+
+        from gaplab import config as configs
+        from gaplab import fusing
+
+        folders = [self._sweep / name for (name,) in job_overrides]
+        jobs = [configs.load(folder / "config.yaml") for folder in folders]
+        processes = self._n_jobs or _processes(jobs[0])
+        pool: Any = Parallel(processes, backend="loky", batch_size=1)
+        with pool:
+            groups = fusing.groups(jobs)
+            several = [group for group in groups if len(group) > 1]
+            plans = pool(
+                delayed(_plan)(str(folders[group[0]]), len(group), self._replicas, processes) for group in several
+            )
+            most = {tuple(group): plan for group, plan in zip(several, plans, strict=True)}
+            tasks: list[list[Path]] = []
+            for group in groups:
+                replicas, said = most.get(tuple(group), (1, ""))
+                if said:
+                    print(said, flush=True)
+                sizes = iter(fusing.shares(len(group), replicas, processes))
+                places = iter(group)
+                tasks += [[folders[next(places)] for _ in range(size)] for size in sizes]
+            tasks.sort(key=len, reverse=True)  # the long ones first
+            problems = pool(delayed(_run)([str(folder) for folder in task]) for task in tasks)
+        lost = {folder: problem for found in problems for folder, problem in found.items()}
+        return [_returned(lost.get(str(folder))) for folder in folders]
+
+
+def _processes(config: Any) -> int:
+    from gaplab.config import cuda_devices
+    from gaplab.machine import usable_cores
+
+    if config.trainer.accelerator != "cpu" and cuda_devices():
+        return 1
+    return max(1, usable_cores() // ((config.trainer.threads or 1) * config.trainer.devices))
+
+
+def _returned(problem: str | None) -> JobReturn:
+    from gaplab.errors import TrainingError
+
+    if problem is None:
+        return JobReturn(status=JobStatus.COMPLETED)
+    return JobReturn(status=JobStatus.FAILED, _return_value=TrainingError(problem))
+
+
+def _plan(folder: str, count: int, replicas: int | None, processes: int) -> tuple[int, str]:
+    """How many of `count` jobs like the one in `folder` to train as one, and why, in words."""
+    from gaplab import config as configs
+    from gaplab import trial
+
+    return trial.plan(configs.load(Path(folder) / "config.yaml"), count, replicas, processes)
+
+
+def _run(folders: list[str]) -> dict[str, str]:
+    """The task; what kept jobs from their end, as plain text."""
+    from gaplab import cli, sweep
+
+    if len(folders) > 1:
+        return {str(folder): problem for folder, problem in sweep.run_together(list(map(Path, folders))).items()}
+    try:
+        sweep.run_saved(Path(folders[0]))
+    except Exception as error:
+        return {folders[0]: cli.explain(error)}
+    return {}

@@ -1,0 +1,265 @@
+"""Runs trained as one come to what they come to alone, and are left behind in the same way."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import assert_refused, composed, train_py
+
+from gaplab import config as configs
+from gaplab import fusing, interrupt, launch, sweep, trial
+from gaplab.data.datamodule import build_datamodule
+from gaplab.errors import UserError
+from gaplab.training.reader import read_checkpoint
+
+SMALL = ["tracking=none", "figures=false", "data.train_size=400", "data.valid_size=200", "data.batch_size=64"]
+SMALL += ["trainer.max_epochs=2", "trainer.threads=1", "trainer.accelerator=cpu"]
+EXACT = ["trainer.precision=64-true"]
+FLOATS = ("train_loss", "valid_loss", "test_loss")
+COUNTS = ("train_acc", "valid_acc", "test_acc", "gap_acc", "train_acc_running", "epochs", "steps", "params", "status")
+
+
+def saved(folder: Path, *jobs: list[str]) -> list[Path]:
+    """The folders of a sweep's jobs, as `sweep.sweep` leaves them before it starts them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for number, words in enumerate(jobs):
+        config = composed(*SMALL, f"paths.outputs={folder.parents[1]}", *words)
+        made.append(sweep.Job(folder / f"{number}_job", words, config))
+    sweep._save(folder, made, [])
+    return [job.folder for job in made]
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def alone(folder: Path, *jobs: list[str]) -> list[dict]:
+    folders = saved(folder, *jobs)
+    for one in folders:
+        sweep.run_saved(one, in_here=True)
+    return [result(one) for one in folders]
+
+
+def together(folder: Path, *jobs: list[str]) -> tuple[list[dict], dict]:
+    folders = saved(folder, *jobs)
+    problems = sweep.run_together(folders)
+    return [result(one) for one in folders], problems
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert {name: one[name] for name in COUNTS} == {name: other[name] for name in COUNTS}
+        assert {name: one[name] for name in FLOATS} == pytest.approx({name: other[name] for name in FLOATS}, abs=1e-9)
+        assert {**one["best"]} == pytest.approx(other["best"], abs=1e-9)
+
+
+VARIED = {
+    "seeds and rates": (["model.bn=true"], ["optimizer.lr=0.01", "seed=0"], ["optimizer.lr=0.1", "seed=1"]),
+    "whatever is each run's own": (
+        ["model.bn=true", "data.augment=crop_flip", "scheduler=cosine"],
+        ["optimizer.momentum=0", "model.init=orthogonal", "data.label_noise=0.2", "seed=3"],
+        ["optimizer.weight_decay=0.01", "model.init=lsuv", "trainer.gradient_clip_val=0.5", "seed=3"],
+        ["optimizer=adam", "model.init=normal", "metrics.train_every=2", "seed=4"],
+    ),
+    "a last mini-batch of one sample": (["model.bn=true", "data.train_size=385"], ["seed=0"], ["seed=1"]),
+}
+
+
+@pytest.mark.parametrize("case", VARIED)
+def test_each_comes_to_what_it_comes_to_alone(case, tmp_path):
+    common, *jobs = VARIED[case]
+    first = ["optimizer=sgd", *EXACT, *common]
+    words = [[*first, *job] for job in jobs]
+    expected = alone(tmp_path / "sweeps" / "alone", *words)
+    found, problems = together(tmp_path / "sweeps" / "together", *words)
+    assert problems == {}
+    assert_same(found, expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert one["times"].keys() == other["times"].keys()
+
+
+def keys_of(value):
+    if isinstance(value, dict):
+        return {str(name): keys_of(one) for name, one in value.items()}
+    return [keys_of(one) for one in value] if isinstance(value, list) and len(value) < 8 else type(value).__name__
+
+
+def test_a_checkpoint_is_as_one_of_a_run_alone_and_is_gone_on_with_alone(tmp_path):
+    common = ["optimizer=sgd", "model=cnn", "model.widths=[4,8]", "model.hidden_dims=[16]", *EXACT]
+    common += ["model.bn=true", "scheduler=one_cycle", "trainer.early_stopping=5"]
+    words = [[*common, f"seed={seed}"] for seed in (0, 1)]
+    (tmp_path / "sweeps").mkdir()
+    expected = alone(tmp_path / "sweeps" / "alone", *words)
+    folders = saved(tmp_path / "sweeps" / "together", *words)
+    sweep.run_together(folders)
+    ours, theirs = (
+        read_checkpoint(tmp_path / "sweeps" / name / "0_job" / "checkpoints" / "last.ckpt")
+        for name in ("together", "alone")
+    )
+    assert keys_of(ours) == keys_of(theirs)
+    assert (ours["progress"], ours["epoch"]) == (theirs["progress"], theirs["epoch"])
+    sizes = [
+        (tmp_path / "sweeps" / name / "0_job" / "checkpoints" / "best.ckpt").stat().st_size
+        for name in ("together", "alone")
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+    # as if killed after the first epoch: what `previous.ckpt` holds is gone on with
+    for folder in folders:
+        for name in ("last.ckpt", "last.ckpt.sha256", "result.json"):
+            (folder / ("checkpoints" if "ckpt" in name else "") / name).unlink()
+    launch.launch(configs.load(folders[0] / "config.yaml"), folders[0], in_sweep=True)
+    assert "going on from previous.ckpt, after 1 epochs" in (folders[0] / "console.log").read_text()
+    assert_same([result(folders[0])], expected[:1])
+    sweep.run_together(folders)  # the first is finished
+    assert_same([result(folders[1])], expected[1:])
+
+
+def test_one_that_diverges_ends_alone_and_the_others_do_not_notice(tmp_path):
+    common = ["optimizer=sgd", "model.bn=true"]
+    words = [[*common, f"seed={seed}", f"optimizer.lr={lr}"] for seed, lr in ((0, 0.1), (1, 1e30), (2, 0.1))]
+    found, problems = together(tmp_path / "sweeps" / "with", *words)
+    others, _ = together(tmp_path / "sweeps" / "without", words[0], words[2])
+    assert [one["status"] for one in found] == ["FINISHED", "FAILED", "FINISHED"]
+    assert found[1]["diverged"]
+    assert found[1]["error"].startswith("the loss is nan at step ")
+    assert list(problems.values()) == [found[1]["error"]]
+    for one, other in zip((found[0], found[2]), others, strict=True):
+        assert {name: one[name] for name in (*COUNTS, *FLOATS)} == {name: other[name] for name in (*COUNTS, *FLOATS)}
+    log = (tmp_path / "sweeps" / "with" / "0_job" / "console.log").read_text()
+    assert "trained as one with 2 other runs: seconds are this run's share" in log
+
+
+def test_one_that_stops_early_leaves_the_others_to_go_on(tmp_path):
+    common = ["optimizer=sgd", *EXACT, "trainer.max_epochs=6"]
+    words = [[*common, "seed=0", "optimizer.lr=1e-30", "trainer.early_stopping=2"], [*common, "seed=1"]]
+    expected = alone(tmp_path / "sweeps" / "alone", *words)
+    found, _ = together(tmp_path / "sweeps" / "together", *words)
+    assert [one["epochs"] for one in found] == [3, 6]
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("place", "calls"), [("pending", 11), ("check", 5), ("check", 3)])
+def test_runs_that_were_stopped_go_on_to_the_same_numbers(place, calls, tmp_path, monkeypatch):
+    """Stopped within an epoch; while the second, and while the first of them is evaluated."""
+    common = ["optimizer=sgd", *EXACT, "model.bn=true", "model.hidden_dims=[16]"]
+    words = [[*common, f"seed={seed}"] for seed in (0, 1)]
+    expected, _ = together(tmp_path / "sweeps" / "undisturbed", *words)
+    folders = saved(tmp_path / "sweeps" / "stopped", *words)
+    left = iter(range(calls))
+
+    def pending() -> int | None:
+        return None if next(left, None) is not None else signal.SIGTERM
+
+    def check() -> None:
+        if pending():
+            raise interrupt.Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(interrupt, place, {"pending": pending, "check": check}[place])
+        with pytest.raises(interrupt.Interrupted):
+            sweep.run_together(folders)
+    assert [result(one)["status"] for one in folders] == ["KILLED", "KILLED"]
+    assert sweep.run_together(folders) == {}
+    logs = [(one / "console.log").read_text() for one in folders]
+    assert all("going on from last.ckpt, after " in log for log in logs)
+    assert_same([result(one) for one in folders], expected)
+
+
+def test_what_may_go_together():
+    def numbers(*jobs: str) -> list[list[int]]:
+        return fusing.groups([composed("trainer.threads=1", *job.split()) for job in jobs])
+
+    assert numbers("seed=0", "seed=1", "optimizer.lr=0.1", "model.init=orthogonal", "data.label_noise=0.1") == [
+        [0, 1, 2, 3, 4]
+    ]
+    assert numbers("model.bn=true", "seed=1", "model.bn=true seed=1") == [[0, 2], [1]]
+    assert numbers("model.dropout=0.1", "model.dropout=0", "model.dropout=0.5") == [[0, 2], [1]]
+    assert numbers("data.batch_size=32", "data.train_size=500", "data.train_size=501", "seed=1") == [[0], [1], [2], [3]]
+    assert numbers("model=resnet", "trainer.max_epochs=3", "optimizer=sgd scheduler=cosine") == [[0], [1, 2]]
+    for words in (
+        "trainer.precision=bf16-mixed",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.log_activations_every=5",
+        "trainer=ddp trainer.accelerator=cpu",
+    ):
+        assert numbers(f"seed=0 {words}", f"seed=1 {words}") == [[0], [1]]
+        assert fusing.refusal(composed(*words.split())) is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "processes", "sizes"),
+    [(10, 4, 1, [4, 3, 3]), (10, 4, 2, [3, 3, 2, 2]), (3, 64, 2, [2, 1]), (1, 1, 2, [1]), (6, 1, 4, [1] * 6)],
+)
+def test_parts_are_equal_and_keep_every_process_busy(count, most, processes, sizes):
+    assert fusing.shares(count, most, processes) == sizes
+
+
+def test_a_sweep_is_fused_by_one_word(tmp_path):
+    words = [
+        *(word for word in SMALL if word != "tracking=none"),
+        f"paths.outputs={tmp_path}",
+        "tracking.log_model=false",
+    ]
+    keys = ["hydra/launcher=fused", "hydra.launcher.replicas=4"]
+    done = train_py("-m", *keys, *words, "model.bn=true", "optimizer.lr=0.001,1e30", "seed=0,1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: 2 of 4 jobs did not finish"
+    assert "4 runs of mlp bn: 4 as one, as asked" in done.stdout
+    assert "hydra/launcher=fused hydra.launcher.replicas=4" in done.stdout
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    parent = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    runs = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent}'")
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+    for run in runs:
+        found = result(folder / run.data.tags["job"])
+        assert found["run_id"] == run.info.run_id
+        if found["status"] == "FINISHED":
+            history = client.get_metric_history(run.info.run_id, "gap/acc")
+            assert [metric.step for metric in history] == [1, 2]
+            assert history[-1].value == found["gap_acc"]
+
+
+def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
+    config = composed(*SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=1000")
+    short = composed(*SMALL, f"paths.outputs={tmp_path}")
+    assert trial.plan(short, 8, None, 2) == (
+        1,
+        "8 runs of mlp: one by one, too short to find out whether as one they would be faster",
+    )
+    found = trial.times(config, build_datamodule(config.data, 0), 8)
+    assert list(found) == [1, 2, 4, 8][: len(found)]
+    assert all(seconds > 0 for seconds in found.values())
+    for times, expected in (
+        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.6}, (4, "64 runs of mlp: up to 4 as one, 2.00 times as fast as one by one")),
+        ({1: 1.0, 2: 1.7, 4: 1.2}, (1, "64 runs of mlp: one by one, for as one they would take 1.20 times as long")),
+    ):
+        monkeypatch.setattr(trial, "times", lambda *_, times=times: times)
+        assert trial.plan(config, 64, None, 2) == expected
+    monkeypatch.setattr(trial, "memory", lambda: 10_000_000)
+    monkeypatch.setattr(trial, "times", lambda config, data, most: {1: 1.0, most: 0.5})
+    replicas, _ = trial.plan(config, 64, None, 1)
+    assert 1 < replicas < 64
+    with pytest.raises(UserError, match=rf"replicas=64: as one, in 1 processes, .*enough for {replicas}$"):
+        trial.plan(config, 64, 64, 1)
+    monkeypatch.setattr(trial, "memory", lambda: 100_000)
+    assert trial.plan(config, 64, None, 1) == (1, "64 runs of mlp: one by one, for memory holds no two as one")
+
+
+BAD = {
+    "hydra.launcher.replicas=0": "hydra.launcher.replicas=0: must be a number in [1, 10000], or null",
+    "hydra.launcher.n_jobs=1000": "hydra.launcher.n_jobs=1000: must be a number in [1, ",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line(words, tmp_path):
+    done = train_py("-m", "hydra/launcher=fused", words, "seed=0,1", f"paths.outputs={tmp_path / 'outputs'}")
+    assert_refused(done, BAD[words])
+    assert list(tmp_path.iterdir()) == []
