@@ -23,7 +23,7 @@ setup: $(READY) ## install everything into .venv; the other targets do this by t
 $(READY): requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; give another: make PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; give another: make PYTHON=python3.12"; exit 2; }
-	@echo "setting up .venv (about 5 GB)"
+	@echo "setting up .venv (about 6 GB)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt

@@ -11,6 +11,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import MISSING, DictConfig
 
+FEW = 8  # jobs of a kind: fewer are done before a trial on several cores is
+
 
 @dataclass
 class FusedLauncherConf:
@@ -54,16 +56,20 @@ class FusedLauncher(Launcher):
         from gaplab import fusing
 
         folders = [self._sweep / name for (name,) in job_overrides]
+        if len(folders) == 1:  # a pool would take seconds to start
+            return [_returned(_run_one(folders[0], in_here=True).get(str(folders[0])))]
         jobs = [configs.load(folder / "config.yaml") for folder in folders]
         processes = self._n_jobs or _processes(jobs[0])
         pool: Any = Parallel(processes, backend="loky", batch_size=1)
         with pool:
             groups = fusing.groups(jobs)
-            several = [group for group in groups if len(group) > 1]
+            least = 2 if self._replicas or processes == 1 else FEW
+            several = [group for group in groups if len(group) >= least]
             plans = pool(
-                delayed(_plan)(str(folders[group[0]]), len(group), self._replicas, processes) for group in several
+                [delayed(_plan)(str(folders[group[0]]), len(group), self._replicas, processes) for group in several]
+                + [delayed(_get_ready)() for _ in range(processes - len(several)) if several]
             )
-            most = {tuple(group): plan for group, plan in zip(several, plans, strict=True)}
+            most = {tuple(group): plan for group, plan in zip(several, plans, strict=False)}
             tasks: list[list[Path]] = []
             for group in groups:
                 replicas, said = most.get(tuple(group), (1, ""))
@@ -103,14 +109,25 @@ def _plan(folder: str, count: int, replicas: int | None, processes: int) -> tupl
     return trial.plan(configs.load(Path(folder) / "config.yaml"), count, replicas, processes)
 
 
+def _get_ready() -> None:
+    """Import what takes seconds, while another process finds out how many jobs to train as one."""
+    from gaplab import together  # noqa: F401
+
+
 def _run(folders: list[str]) -> dict[str, str]:
     """The task; what kept jobs from their end, as plain text."""
+    from gaplab import sweep
+
+    if len(folders) == 1:
+        return _run_one(Path(folders[0]), in_here=False)
+    return {str(folder): problem for folder, problem in sweep.run_together(list(map(Path, folders))).items()}
+
+
+def _run_one(folder: Path, in_here: bool) -> dict[str, str]:
     from gaplab import cli, sweep
 
-    if len(folders) > 1:
-        return {str(folder): problem for folder, problem in sweep.run_together(list(map(Path, folders))).items()}
     try:
-        sweep.run_saved(Path(folders[0]))
+        sweep.run_saved(folder, in_here)
     except Exception as error:
-        return {folders[0]: cli.explain(error)}
+        return {str(folder): cli.explain(error)}
     return {}

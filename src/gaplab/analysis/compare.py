@@ -159,7 +159,7 @@ def _say_what_is_missing(section: Section) -> None:
         least = 2 / 2 ** len(seeds)
         section.notes.append(
             f"{len(seeds)} seeds: even if all agree, an exact test cannot go below p = {least:.4g}; "
-            f"{stats.MIN_SEEDS} are the least for a verdict"
+            f"{stats.MIN_SEEDS} are the least to tell conditions apart"
         )
     counts = {one.label: len(next(iter(one.values.values()), {})) for one in section.conditions}
     if len(set(counts.values())) > 1:

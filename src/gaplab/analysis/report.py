@@ -25,6 +25,10 @@ from gaplab.files import held, plain, write_whole
 from gaplab.tracking.journal import Tracker, read_journal
 
 SHOWN_CONTRASTS = 16
+LEGEND = (
+    "d: the difference in standard deviations over seeds; p (Holm): of chance alone, corrected for the table; "
+    "p (equivalent): of a difference beyond the margin"
+)
 COLOURS = {"supported": "green", "real": "green", "contradicted": "red", "equivalent": "blue", "inconclusive": "yellow"}
 
 
@@ -235,6 +239,8 @@ def _print(
             for family, contrasts in part.contrasts[metric].items():
                 if family == "effects" or len(part.factors) > 1:  # with one factor, both say the same
                     _print_contrasts(console, part, metric, family, contrasts)
+    if any(contrasts for part in parts for metric in metrics for contrasts in part.contrasts[metric].values()):
+        console.print(f"{LEGEND}\n", markup=False, soft_wrap=True)
 
 
 def _conditions(part: Section, metrics: list[str]) -> Table:
