@@ -1,6 +1,7 @@
 """Runs trained as one come to what they come to alone, and are left behind in the same way."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from conftest import assert_refused, composed, train_py
 from gaplab import config as configs
 from gaplab import fusing, interrupt, launch, sweep, trial
 from gaplab.data.datamodule import build_datamodule
-from gaplab.errors import UserError
 from gaplab.training.reader import read_checkpoint
 
 SMALL = ["tracking=none", "figures=false", "data.train_size=400", "data.valid_size=200", "data.batch_size=64"]
@@ -187,6 +187,8 @@ def test_what_may_go_together():
         "trainer.accumulate_grad_batches=2",
         "trainer.log_activations_every=5",
         "trainer=ddp trainer.accelerator=cpu",
+        "trainer.deterministic=true",
+        "model=custom model._target_=torchvision.models.resnet18",
     ):
         assert numbers(f"seed=0 {words}", f"seed=1 {words}") == [[0], [1]]
         assert fusing.refusal(composed(*words.split())) is not None
@@ -206,12 +208,12 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
         f"paths.outputs={tmp_path}",
         "tracking.log_model=false",
     ]
-    keys = ["hydra/launcher=fused", "hydra.launcher.replicas=4"]
+    keys = ["hydra/launcher=fused", "hydra.launcher.replicas=4", "hydra.launcher.n_jobs=1"]
     done = train_py("-m", *keys, *words, "model.bn=true", "optimizer.lr=0.001,1e30", "seed=0,1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: 2 of 4 jobs did not finish"
     assert "4 runs of mlp bn: 4 as one, as asked" in done.stdout
-    assert "hydra/launcher=fused hydra.launcher.replicas=4" in done.stdout
+    assert "hydra/launcher=fused hydra.launcher.replicas=4 hydra.launcher.n_jobs=1" in done.stdout
     (folder,) = (tmp_path / "sweeps").iterdir()
     from mlflow import MlflowClient
 
@@ -231,27 +233,56 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
 def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
     config = composed(*SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=1000")
     short = composed(*SMALL, f"paths.outputs={tmp_path}")
-    assert trial.plan(short, 8, None, 2) == (
-        1,
-        "8 runs of mlp: one by one, too short to find out whether as one they would be faster",
-    )
-    found = trial.times(config, build_datamodule(config.data, 0), 8)
-    assert list(found) == [1, 2, 4, 8][: len(found)]
+    replicas, said = trial.plan(short, 8, None, 2)
+    assert (replicas, said[:36]) == (1, "8 runs of mlp: one by one, too short")
+    found = trial.times(config, build_datamodule(config.data, 0), [2, 4, 8], 8000)
+    assert list(found) == [1, 2, 4, 8]
     assert all(seconds > 0 for seconds in found.values())
-    for times, expected in (
-        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.6}, (4, "64 runs of mlp: up to 4 as one, 2.00 times as fast as one by one")),
-        ({1: 1.0, 2: 1.7, 4: 1.2}, (1, "64 runs of mlp: one by one, for as one they would take 1.20 times as long")),
-    ):
-        monkeypatch.setattr(trial, "times", lambda *_, times=times: times)
-        assert trial.plan(config, 64, None, 2) == expected
-    monkeypatch.setattr(trial, "memory", lambda: 10_000_000)
-    monkeypatch.setattr(trial, "times", lambda config, data, most: {1: 1.0, most: 0.5})
-    replicas, _ = trial.plan(config, 64, None, 1)
-    assert 1 < replicas < 64
-    with pytest.raises(UserError, match=rf"replicas=64: as one, in 1 processes, .*enough for {replicas}$"):
-        trial.plan(config, 64, 64, 1)
+    tried: list[list[int]] = []
+
+    def times(_, __, sizes, ___):
+        tried.append(sizes)
+        return {1: 1.0} | {size: {2: 1.7, 4: 1.2, 8: 0.5, 16: 0.6}[size] for size in sizes if size in (2, 4, 8, 16)}
+
+    monkeypatch.setattr(trial, "times", times)
+    assert trial.plan(config, 64, None, 2) == (8, "64 runs of mlp: 8 as one, 2.00 times as fast as one by one")
+    alone = "32 runs of mlp: one by one, for as one they would take 1.70 times as long"
+    assert trial.plan(config, 32, None, 16) == (1, alone)  # what every process can have is what is tried
+    assert tried == [[2, 4, 8, 16, 32], [2]]
+    monkeypatch.setattr(trial, "memory", lambda: 100_000_000)
+    assert trial.plan(config, 64, None, 1)[0] == 8
+    assert max(tried[-1]) < 64
+    replicas, said = trial.plan(config, 64, 64, 1)
+    assert replicas == 0
+    assert re.match(r"hydra.launcher.replicas=64: 64 as one, in 1 processes, need 0\.\d GB .* there are 0\.1$", said)
+    assert trial.plan(config, 64, 64, 16) == (0, said.replace("64 as one, in 1 ", "4 as one, in 16 "))
     monkeypatch.setattr(trial, "memory", lambda: 100_000)
     assert trial.plan(config, 64, None, 1) == (1, "64 runs of mlp: one by one, for memory holds no two as one")
+
+
+def test_runs_that_were_killed_at_different_places_all_go_on_once(tmp_path):
+    """The third ends where the first two begin again."""
+    common = ["optimizer=sgd", *EXACT, "model.bn=true", "model.hidden_dims=[16]"]
+    words = [[*common, f"seed={seed}", f"trainer.max_epochs={epochs}"] for seed, epochs in enumerate((3, 3, 2))]
+    expected, _ = together(tmp_path / "sweeps" / "undisturbed", *words)
+    folders = saved(tmp_path / "sweeps" / "killed", *words)
+    sweep.run_together(folders)
+    for folder in folders:  # as killed within the last epoch
+        for name in ("result.json", "checkpoints/last.ckpt", "checkpoints/last.ckpt.sha256"):
+            (folder / name).unlink()
+    assert sweep.run_together(folders) == {}
+    assert_same([result(one) for one in folders], expected)
+    starts = [(one / "console.log").read_text().partition("\n")[0] for one in folders]
+    assert [line.partition(" epochs")[0][-1] for line in starts] == ["2", "2", "1"]
+
+
+def test_a_group_that_cannot_be_prepared_says_so_job_by_job_and_the_others_run(tmp_path):
+    keys = ["hydra/launcher=fused", "data.augment=crop", "data.crop_padding=4,30", "hydra.launcher.replicas=2"]
+    done = train_py("-m", *keys, *SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=1", "seed=0,1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: 2 of 4 jobs did not finish"
+    assert done.stdout.count("data.crop_padding=30: must be below 28, the side of the pictures") >= 2
+    assert "launcher gave up" not in done.stdout
 
 
 BAD = {

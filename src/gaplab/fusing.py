@@ -10,10 +10,14 @@ from gaplab.config import Config
 def refusal(config: Config) -> str | None:
     """Why a run is trained alone, in the words of its config; None where it needs not be."""
     trainer = config.trainer
+    if not config.model._target_.startswith("gaplab."):  # it may do what cannot be done for several at once
+        return f"model._target_={config.model._target_}"
     if configs.world_size(trainer) > 1:
         return f"trainer.devices={trainer.devices}"
     if trainer.precision == "bf16-mixed":
         return "trainer.precision=bf16-mixed"
+    if trainer.deterministic:
+        return "trainer.deterministic=true"
     if trainer.compile:
         return "trainer.compile=true"
     if trainer.accumulate_grad_batches > 1:
@@ -37,6 +41,11 @@ def groups(config: Sequence[Config]) -> list[list[int]]:
     for place, one in enumerate(config):
         found.setdefault(f"alone {place}" if refusal(one) else kind(one), []).append(place)
     return list(found.values())
+
+
+def size(count: int, most: int, processes: int) -> int:
+    """Of the largest of `shares`."""
+    return max(shares(count, most, processes))
 
 
 def shares(count: int, most: int, processes: int) -> list[int]:

@@ -181,9 +181,10 @@ def run_together(folders: list[Path]) -> dict[Path, str]:
                     run.result.times["imports"] = (time.perf_counter() - start) / len(runs)
                 together.train(runs, lambda run, error: leave(run.folder, error))
         except BaseException as error:
-            for folder in list(seats):
+            blamed = list(seats)
+            for folder in blamed:
                 leave(folder, error)
-            if not isinstance(error, Exception):
+            if not blamed or not isinstance(error, Exception):
                 raise
     return problems
 

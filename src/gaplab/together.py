@@ -36,7 +36,7 @@ class Replica:
         sources: its data, read.
 
     Attributes:
-        resumed: the checkpoint's values, or None.
+        rng: the state of the random generators in the checkpoint, or None.
         ended: by an error.
     """
 
@@ -59,7 +59,7 @@ class Replica:
         self._progress = ProgressBar(run.console)
         self._spent_s = self._earlier_s = self._save_s = 0.0
         self._since: float | None = None
-        self.resumed = self._go_on()
+        self.rng = self._go_on()
         run.result.device = worker.device_name(device)
 
     @property
@@ -100,9 +100,8 @@ class Replica:
             "epoch": at.epochs - (at.batches == 0),
             "global_step": at.steps,
             "pytorch-lightning_version": lightning.__version__,
-            "state_dict": {
-                key: value.clone() for key, value in classifier.state_dict().items()
-            },  # of a view, all is saved
+            # of a view, torch would save all that it is a part of
+            "state_dict": {key: value.clone() for key, value in classifier.state_dict().items()},
             "callbacks": {one.state_key: one.state_dict() for one in callbacks} | {Checkpoints.__qualname__: seconds},
             "optimizer_states": [self.optimizer.state_dict()],
             "lr_schedulers": [] if self.scheduler is None else [self.scheduler.state_dict()],
@@ -147,7 +146,7 @@ class Replica:
         if self.stopping is not None:
             self.stopping.load_state_dict(states[self.stopping.state_key])
         self._earlier_s = states[Checkpoints.__qualname__]["seconds"]
-        return checkpoint
+        return dict(checkpoint["ranks"][0]["rng"])
 
     def _clock(self) -> float:
         return self._spent_s + (time.perf_counter() - self._since if self._since is not None else 0.0)
@@ -192,8 +191,11 @@ def train(runs: Sequence[Run], leave: Leave) -> None:
                 replicas.append(Replica(run, sources))
         with interrupt.deferred():
             replicas = [one for one in replicas if _catches_up(one, leave)]
-            for position in sorted({one.position for one in replicas}):
-                _fit([one for one in replicas if one.position == position], leave)
+            level: dict[tuple[int, int], list[Replica]] = {}
+            for one in replicas:
+                level.setdefault(one.position, []).append(one)
+            for position in sorted(level):
+                _fit(level[position], leave)
 
 
 def _catches_up(replica: Replica, leave: Leave) -> bool:
@@ -210,14 +212,15 @@ def _catches_up(replica: Replica, leave: Leave) -> bool:
 def _fit(replicas: list[Replica], leave: Leave) -> None:
     """Train runs that are at the same place."""
     first = replicas[0]
-    if first.resumed is None:
+    if first.rng is None:
         torch.manual_seed(derive_seed(first.run.config.seed, "together"))
     else:  # of dropout; the others have the same
-        set_rng_state(first.resumed["ranks"][0]["rng"])
+        set_rng_state(first.rng)
     active = _without_trained(replicas, leave)
     if not active:
         return
     config = active[0].run.config
+    every_s = min(one.run.config.checkpoint.every_s for one in active)
     stack = Stack([one.network for one in active])
     saved = time.perf_counter()
     for one in active:
@@ -244,7 +247,7 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
             if signum := interrupt.pending():
                 _save_all(active, leave)
                 raise interrupt.Interrupted(signum)
-            if time.perf_counter() - saved > config.checkpoint.every_s and not end:
+            if time.perf_counter() - saved > every_s and not end:
                 _save_all(active, leave)
                 saved = time.perf_counter()
         try:
@@ -296,9 +299,10 @@ def _still(
 
 
 def _without_trained(replicas: list[Replica], leave: Leave) -> list[Replica]:
-    """Those that are yet to be trained; the others end here."""
+    """Those that are yet to be trained; the others end here. Raises Interrupted, between two of them."""
     for one in replicas:
         if one.is_trained:
+            interrupt.check()  # all have their checkpoints
             one.account()
             with _left_on_error(one.run, leave):
                 one.conclude()

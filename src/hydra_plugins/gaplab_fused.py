@@ -71,16 +71,20 @@ class FusedLauncher(Launcher):
             )
             most = {tuple(group): plan for group, plan in zip(several, plans, strict=False)}
             tasks: list[list[Path]] = []
+            lost: dict[str, str] = {}
             for group in groups:
                 replicas, said = most.get(tuple(group), (1, ""))
+                if replicas == 0:
+                    lost |= dict.fromkeys((str(folders[place]) for place in group), said)
+                    continue
                 if said:
                     print(said, flush=True)
                 sizes = iter(fusing.shares(len(group), replicas, processes))
                 places = iter(group)
                 tasks += [[folders[next(places)] for _ in range(size)] for size in sizes]
             tasks.sort(key=len, reverse=True)  # the long ones first
-            problems = pool(delayed(_run)([str(folder) for folder in task]) for task in tasks)
-        lost = {folder: problem for found in problems for folder, problem in found.items()}
+            for problems in pool(delayed(_run)([str(folder) for folder in task]) for task in tasks):
+                lost |= problems
         return [_returned(lost.get(str(folder))) for folder in folders]
 
 
@@ -102,11 +106,15 @@ def _returned(problem: str | None) -> JobReturn:
 
 
 def _plan(folder: str, count: int, replicas: int | None, processes: int) -> tuple[int, str]:
-    """How many of `count` jobs like the one in `folder` to train as one, and why, in words."""
+    """As `trial.plan`; one by one where the job in `folder` is at fault, which then says so itself."""
     from gaplab import config as configs
     from gaplab import trial
+    from gaplab.errors import TrainingError, UserError
 
-    return trial.plan(configs.load(Path(folder) / "config.yaml"), count, replicas, processes)
+    try:
+        return trial.plan(configs.load(Path(folder) / "config.yaml"), count, replicas, processes)
+    except (UserError, TrainingError) as error:
+        return 1, f"{count} jobs like {Path(folder).name}: one by one, for there is no trial ({error})"
 
 
 def _get_ready() -> None:

@@ -146,3 +146,16 @@ def test_a_networks_own_tensors_are_views_and_its_parameters_the_same_objects():
     assert all(torch.equal(one, other) for one, other in zip(weights, networks[1].parameters(), strict=True))
     weight, twin = (next(networks[r].body.parameters()) for r in (0, 1))
     assert weight.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr()
+
+
+def test_networks_that_are_left_out_keep_their_values_and_no_memory_of_the_others():
+    networks, _ = built("model.bn=true")
+    stack = Stack(networks)
+    before = {name: value.clone() for name, value in networks[1].state_dict().items()}
+    stack.keep([networks[0], networks[2]])
+    for parameter in networks[1].parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    assert all(torch.equal(value, before[name]) for name, value in networks[1].state_dict().items())
+    weight, twin = (next(networks[r].body.parameters()) for r in (0, 2))
+    assert weight.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr()
+    assert weight.untyped_storage().nbytes() == 2 * weight.nbytes

@@ -7,7 +7,7 @@ Shapes: R replicas, B samples, C channels, H height, W width, K classes, D anyth
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,34 +40,30 @@ class Stack:
             if isinstance(module, _BatchNorm):
                 module.num_batches_tracked = None  # counted in `learn`: vmap cannot
         self._forward = vmap(self._call, in_dims=(0, 0, 0), randomness="different")
+        self.networks: list[nn.Module] = []
         self.keep(networks)
 
     def keep(self, networks: Sequence[nn.Module]) -> None:
-        """Go on with these alone."""
+        """Go on with these alone; the others get tensors of their own, and hold no memory of the stack."""
+        for network in self.networks:
+            if network not in networks:
+                _place(network, {name: value.clone() for name, value in _tensors(network)})
         self.networks = list(networks)
-        self._parameters = {
-            name: torch.stack([network.get_parameter(name).data for network in self.networks])
-            .contiguous()
-            .requires_grad_()
-            for name, _ in self.networks[0].named_parameters()
-        }
-        self._buffers = {
-            name: torch.stack([network.get_buffer(name) for network in self.networks])
-            for name, _ in self.networks[0].named_buffers()
-        }
+        first = self.networks[0]
+        values = [dict(_tensors(network)) for network in self.networks]
+        # contiguous, as the gradients: see `optim.align_`
+        stacked = {name: torch.stack([one[name] for one in values]).contiguous() for name in values[0]}
+        self._parameters = {name: stacked[name] for name, _ in first.named_parameters()}
+        self._buffers = {name: stacked[name] for name, _ in first.named_buffers()}
         for number, network in enumerate(self.networks):
-            for name, stacked in self._parameters.items():
-                network.get_parameter(name).data = stacked.detach()[number]
-            for name, stacked in self._buffers.items():
-                owner, _, leaf = name.rpartition(".")
-                setattr(network.get_submodule(owner), leaf, stacked[number])
-        for stacked in self._parameters.values():
-            stacked.requires_grad_()
+            _place(network, {name: value[number] for name, value in stacked.items()})
+        for value in self._parameters.values():
+            value.requires_grad_()
         self._own = [[network.get_parameter(name) for network in self.networks] for name in self._parameters]
         self._counts = [self._buffers.pop(name) for name in list(self._buffers) if name.endswith("num_batches_tracked")]
         for name in self._dropouts:
             chances = [network.get_submodule(name).p for network in self.networks]  # type: ignore[union-attr]
-            self._buffers[f"{name}.p"] = torch.tensor(chances, device=next(self.networks[0].parameters()).device)
+            self._buffers[f"{name}.p"] = torch.tensor(chances, device=next(first.parameters()).device)
 
     def learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Give each network's parameters the gradient of its own mini-batch, in `grad`.
@@ -91,6 +87,21 @@ class Stack:
 
     def _call(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(self._body, (parameters, buffers), (images,))
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Values of the parameters, and buffers."""
+    yield from ((name, parameter.data) for name, parameter in network.named_parameters())
+    yield from network.named_buffers()
+
+
+def _place(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Have the parameters and buffers of `network` hold these."""
+    for name, parameter in network.named_parameters():
+        parameter.data = tensors[name]
+    for name, _ in list(network.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, tensors[name])
 
 
 class Dropout(nn.Module):
