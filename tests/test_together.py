@@ -165,6 +165,8 @@ def test_runs_that_were_stopped_go_on_to_the_same_numbers(place, calls, tmp_path
         with pytest.raises(interrupt.Interrupted):
             sweep.run_together(folders)
     assert [result(one)["status"] for one in folders] == ["KILLED", "KILLED"]
+    if place == "pending":
+        assert [(result(one)["epochs"], result(one)["steps"]) for one in folders] == 2 * [(1, 11)]
     assert sweep.run_together(folders) == {}
     logs = [(one / "console.log").read_text() for one in folders]
     assert all("going on from last.ckpt, after " in log for log in logs)

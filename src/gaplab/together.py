@@ -314,6 +314,7 @@ def _save_all(replicas: Iterable[Replica], leave: Leave) -> None:
     for one in replicas:
         with _left_on_error(one.run, leave, one):
             one.save(LAST)
+            one.account()
 
 
 @contextmanager
