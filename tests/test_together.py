@@ -118,17 +118,15 @@ def test_a_checkpoint_is_as_one_of_a_run_alone_and_is_gone_on_with_alone(tmp_pat
     assert_same([result(folders[1])], expected[1:])
 
 
-@pytest.mark.parametrize(("bn", "lr"), [("false", 1e38), ("true", 1e6)])
-def test_one_of_16_that_diverges_ends_alone_and_the_others_do_not_notice(bn, lr, tmp_path):
-    common = ["optimizer=sgd", f"model.bn={bn}", "model.hidden_dims=[16]", "trainer.max_epochs=1", *EXACT]
-    words = [[*common, f"seed={seed}", f"optimizer.lr={lr if seed == 5 else 0.1}"] for seed in range(16)]
+def test_one_of_16_that_diverges_ends_alone_and_the_others_do_not_notice(tmp_path):
+    common = ["optimizer=sgd", "model.hidden_dims=[16]", "trainer.max_epochs=1", *EXACT]
+    words = [[*common, f"seed={seed}", f"optimizer.lr={1e38 if seed == 5 else 0.1}"] for seed in range(16)]
     found, problems = together(tmp_path / "sweeps" / "with", *words)
     others, _ = together(tmp_path / "sweeps" / "without", *words[:5], *words[6:])
     bad = found.pop(5)
-    if bn == "false":
-        assert (bad["status"], bad["diverged"]) == ("FAILED", True)
-        assert bad["error"].startswith("the loss ")
-        assert list(problems.values()) == [bad["error"]]
+    assert (bad["status"], bad["diverged"]) == ("FAILED", True)
+    assert bad["error"].startswith("the loss ")
+    assert list(problems.values()) == [bad["error"]]
     assert_same(found, others)
     assert {one["status"] for one in found} == {"FINISHED"}
     log = (tmp_path / "sweeps" / "with" / "0_job" / "console.log").read_text()
@@ -278,13 +276,13 @@ def test_runs_that_were_killed_at_different_places_all_go_on_once(tmp_path):
     assert [line.partition(" epochs")[0][-1] for line in starts] == ["2", "2", "1"]
 
 
-def test_a_group_that_cannot_be_prepared_says_so_job_by_job_and_the_others_run(tmp_path):
-    keys = ["hydra/launcher=fused", "data.augment=crop", "data.crop_padding=4,30", "hydra.launcher.replicas=2"]
-    done = train_py("-m", *keys, *SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=1", "seed=0,1")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: 2 of 4 jobs did not finish"
-    assert done.stdout.count("data.crop_padding=30: must be below 28, the side of the pictures") >= 2
-    assert "launcher gave up" not in done.stdout
+def test_a_job_that_cannot_be_prepared_leaves_its_group_to_go_one_by_one(tmp_path):
+    from hydra_plugins.gaplab_fused import _plan
+
+    (folder,) = saved(tmp_path / "sweeps" / "one", ["data.augment=crop", "data.crop_padding=30"])
+    replicas, said = _plan(str(folder), 8, None, 2)
+    assert replicas == 1
+    assert "one by one, for there is no trial (data.crop_padding=30: must be below 28" in said
 
 
 BAD = {
