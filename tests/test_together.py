@@ -249,6 +249,7 @@ def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
     alone = "32 runs of mlp: one by one, for as one they would take 1.70 times as long"
     assert trial.plan(config, 32, None, 16) == (1, alone)  # what every process can have is what is tried
     assert tried == [[2, 4, 8, 16, 32], [2]]
+    assert trial.plan(config, 16, None, 16) == (1, "16 runs of mlp: one by one, a process for each")
     monkeypatch.setattr(trial, "memory", lambda: 100_000_000)
     assert trial.plan(config, 64, None, 1)[0] == 8
     assert max(tried[-1]) < 64

@@ -55,6 +55,8 @@ def plan(config: Config, count: int, replicas: int | None, processes: int) -> tu
                 f"{processes * sizes[-1] * each / 1e9:,.1f} GB of memory or more; there are {memory() / 1e9:,.1f}"
             )
         return sizes[-1], f"{name}: {sizes[-1]} as one, as asked"
+    if max(sizes) == 1:
+        return 1, f"{name}: one by one, a process for each"
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // FILES
     possible = sorted({size for size in sizes if 1 < size <= min(fitting, files)})
     if not possible:
