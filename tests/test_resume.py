@@ -39,15 +39,15 @@ def undisturbed(tmp_path_factory):
 
 def stopped_at(step: int, folder: Path, monkeypatch, signum: signal.Signals = signal.SIGTERM, *more: str) -> None:
     """A run that is told to stop in its `step`-th step."""
-    original = Classifier._update
+    original = Classifier.end_step
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
-        original(self, optimizer)
+    def end_step(self, *words) -> None:
         if self.at.steps + 1 == step:
             signal.raise_signal(signum)
+        original(self, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "_update", update)
+        patch.setattr(Classifier, "end_step", end_step)
         with pytest.raises(interrupt.Interrupted) as stop:
             launch.launch(composed(*RUN, *more), folder)
     assert stop.value.exit_status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]

@@ -18,8 +18,6 @@ def refusal(config: Config) -> str | None:
         return "trainer.precision=bf16-mixed"
     if trainer.deterministic:
         return "trainer.deterministic=true"
-    if trainer.compile:
-        return "trainer.compile=true"
     if trainer.accumulate_grad_batches > 1:
         return f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}"
     if trainer.log_activations_every:

@@ -4,9 +4,11 @@ The runs share forward and backward passes (`Stack`) and whatever is read; all e
 of a run are then its share: those of the shared steps divided by their number, and its own.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -20,7 +22,6 @@ from gaplab.seeding import derive_seed
 from gaplab.training.checkpoint import BEST, LAST, Checkpoints, ChecksumIO, let_last_be_best
 from gaplab.training.classifier import set_rng_state
 from gaplab.training.gap import Epoch, GapCallback
-from gaplab.training.optim import align_
 from gaplab.training.progress import ProgressBar
 from gaplab.training.reader import read_checkpoint
 from gaplab.training.stack import Stack
@@ -76,6 +77,10 @@ class Replica:
         self._spent_s += seconds
         self.classifier.train_s += seconds
 
+    def end_step(self) -> None:
+        self.classifier.at.batches += 1
+        self.classifier.end_step(self.optimizer, self.scheduler)
+
     def end_epoch(self) -> None:
         """Evaluate and save. Raises DivergenceError, before anything is saved, and Interrupted."""
         with self._alone(), worker.forward(self.run.config):
@@ -93,7 +98,6 @@ class Replica:
         """A checkpoint as Lightning's, so that the run can be gone on with alone. Raises DivergenceError."""
         start = time.perf_counter()
         classifier, at = self.classifier, self.classifier.at
-        classifier.count_up()
         callbacks = [self.measured, *([self.stopping] if self.stopping else [])]
         seconds = {"seconds": self._earlier_s + self._clock()}
         checkpoint: dict[str, Any] = {
@@ -221,10 +225,13 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
         return
     config = active[0].run.config
     every_s = min(one.run.config.checkpoint.every_s for one in active)
-    stack = Stack([one.network for one in active])
+    stack = Stack(
+        [one.network for one in active],
+        [one.optimizer for one in active],
+        [one.run.config.trainer.gradient_clip_val for one in active],
+    )
     saved = time.perf_counter()
     for one in active:
-        align_(one.optimizer)
         if len(active) > 1:
             one.run.tracker.tags({"trained_together": str(len(active))})
             one.run.console.print(
@@ -240,10 +247,11 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
         while active and not end:
             start = time.perf_counter()
             with worker.forward(config):
-                end = _advance(stack, active, stream, rows, config.trainer.chunk_size)
+                chunk = _advance(stack, active, stream, rows, config.trainer.chunk_size)
+            end = active[0].classifier.at.batches == active[0].data.batches_per_epoch
             for one in active:
                 one.share((time.perf_counter() - start) / len(active))
-            active = _still(active, leave, lambda one: one.classifier.count_up(), stack, rows)
+            active = _still(active, leave, chunk.count, stack, rows)
             if signum := interrupt.pending():
                 _save_all(active, leave)
                 raise interrupt.Interrupted(signum)
@@ -251,51 +259,64 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
                 _save_all(active, leave)
                 saved = time.perf_counter()
         try:
-            active = _still(active, leave, Replica.end_epoch, stack, rows)
+            active = _still(active, leave, lambda _, one: one.end_epoch(), stack, rows)
         except interrupt.Interrupted:
             _save_all([one for one in active if one.classifier.at.batches and not one.ended], leave)
             raise
         saved = time.perf_counter()
-        staying = [one for one in active if not one.is_trained]
-        if staying and len(staying) < len(active):
-            stack.keep([one.network for one in staying])
+        staying = [place for place, one in enumerate(active) if not one.is_trained]
+        if 0 < len(staying) < len(active):
+            stack.keep(staying)
         active = _without_trained(active, leave)
+
+
+@dataclass
+class _Chunk:
+    """What some steps of R runs came to: each one's losses (R, S), correct answers (R,) and number of samples."""
+
+    losses: Tensor
+    correct: list[int]
+    samples: int
+
+    def count(self, place: int, replica: Replica) -> None:
+        """Raises DivergenceError."""
+        replica.classifier.count(self.losses[place], self.correct[place], self.samples)
 
 
 def _advance(
     stack: Stack, active: list[Replica], stream: Iterator[tuple[Tensor, Tensor]], rows: list[int], steps: int
-) -> bool:
-    """Take `steps` steps, fewer at the end of the epoch or when a signal waits; whether it is the end."""
-    for _ in range(steps):
-        batch = next(stream, None)
-        if batch is None:
-            return True
-        images, labels = batch
+) -> _Chunk:
+    """Take `steps` steps, fewer at the end of the epoch or when a signal waits."""
+    losses, right = [], []
+    samples = 0
+    for images, labels in itertools.islice(stream, steps):
         if len(rows) < len(images):
             images, labels = images[rows], labels[rows]
-        losses, answers = stack.learn(images, labels)
-        found = zip(active, losses.unbind(), answers.unbind(), labels.unbind(), strict=True)
-        for one, loss, answer, label in found:
-            one.classifier.advance(loss, answer, label, one.optimizer, one.scheduler)
+        loss, answers = stack.step(images, labels)
+        losses.append(loss)
+        right.append((answers == labels).sum(1))
+        samples += labels.shape[1]
+        for one in active:
+            one.end_step()
         if interrupt.pending():
             break
-    return active[0].classifier.at.batches == active[0].data.batches_per_epoch
+    return _Chunk(torch.stack(losses, 1).cpu(), torch.stack(right).sum(0).tolist(), samples)
 
 
 def _still(
-    active: list[Replica], leave: Leave, call: Callable[[Replica], None], stack: Stack, rows: list[int]
+    active: list[Replica], leave: Leave, call: Callable[[int, Replica], None], stack: Stack, rows: list[int]
 ) -> list[Replica]:
-    """Call for each run; those that it did not end, which `stack` and `rows` keep."""
+    """Call for each run with its place; those that it did not end, which `stack` and `rows` keep."""
     kept = []
-    for number, one in enumerate(active):
+    for place, one in enumerate(active):
         with _left_on_error(one.run, leave, one):
-            call(one)
-            kept.append(number)
+            call(place, one)
+            kept.append(place)
     if len(kept) < len(active):
-        rows[:] = [rows[number] for number in kept]
+        rows[:] = [rows[place] for place in kept]
         if kept:
-            stack.keep([active[number].network for number in kept])
-    return [active[number] for number in kept]
+            stack.keep(kept)
+    return [active[place] for place in kept]
 
 
 def _without_trained(replicas: list[Replica], leave: Leave) -> list[Replica]:

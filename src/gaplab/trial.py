@@ -17,7 +17,8 @@ from gaplab import fusing, worker
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule, read_sources, read_together
 from gaplab.machine import memory
-from gaplab.training.optim import build_optimizer
+from gaplab.training.captured import CapturedStep, Step
+from gaplab.training.optim import build_optimizer, make_capturable_, update_
 from gaplab.training.stack import Stack
 
 STEPS = 40  # of a trial, at most, and seconds
@@ -105,19 +106,26 @@ def _seconds(config: Config, data: DataModule, number: int, device: torch.device
     """Of one run's step, the median of some."""
     network = worker.initial_network(config, data)
     network = network.to(device, torch.float64 if config.trainer.precision == "64-true" else None).train()
-    networks = [copy.deepcopy(network) for _ in range(number)]
+    networks = [network, *(copy.deepcopy(network) for _ in range(number - 1))]
     optimizers = [build_optimizer(network, config.optimizer, config.allowed_targets) for network in networks]
-    stack = Stack(networks) if number > 1 else None
+    clip = config.trainer.gradient_clip_val
+
+    def alone(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(images[0])
+        loss = F.cross_entropy(logits, labels[0])
+        loss.backward()
+        update_(network, optimizers[0], clip)
+        return loss.detach(), logits.argmax(1)
+
+    step: Step = alone
+    if number > 1:
+        step = Stack(networks, optimizers, [clip] * number).step
+    elif config.trainer.compile and make_capturable_(optimizers[0]):
+        step = CapturedStep(alone, optimizers)
     taken: list[float] = []
     for images, labels in itertools.islice(_endless([data] * number), STEPS):
         start = time.perf_counter()
-        if stack is None:
-            F.cross_entropy(networks[0](images[0]), labels[0]).backward()
-        else:
-            stack.learn(images, labels)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        step(images, labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)

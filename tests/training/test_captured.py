@@ -67,7 +67,7 @@ def test_outputs_are_kept_from_the_next_replay():
         static.add_(images.sum())
         return static, labels
 
-    captured_step = CapturedStep(step, optimizer, 2, capture=lambda work: work)
+    captured_step = CapturedStep(step, [optimizer], capture=lambda work: work)
     found = [captured_step(torch.ones(2), torch.ones(2))[0] for _ in range(WARM_UP + 2)]
     assert float(found[-2]) == 2 * (WARM_UP + 1)
     assert float(found[-1]) == 2 * (WARM_UP + 2)
@@ -82,7 +82,7 @@ def test_a_smaller_batch_first_as_after_a_resume_changes_nothing():
         seen.append(float(optimizer.param_groups[0]["lr"]))
         return images.sum(), labels
 
-    step_or_graph = CapturedStep(step, optimizer, 4, capture=lambda work: captures.append(work) or work)
+    step_or_graph = CapturedStep(step, [optimizer], capture=lambda work: captures.append(work) or work)
     for size in [3, *[4] * (WARM_UP + 1)]:
         step_or_graph(torch.ones(size), torch.ones(size))
     assert len(captures) == 1
@@ -101,6 +101,11 @@ def test_what_a_graph_cannot_hold_is_refused(monkeypatch):
     for word in ("trainer.devices=2", "trainer.accumulate_grad_batches=2", "trainer.log_activations_every=5"):
         with pytest.raises(UserError, match=r"trainer\.compile=true"):
             composed("trainer.compile=true", word)
+
+
+def test_an_optimizer_that_no_graph_can_hold_is_refused(run, graphs):
+    with pytest.raises(UserError, match=r"trainer\.compile=true: torch\.optim\.Adagrad is not made for CUDA graphs"):
+        run("trainer.compile=true", "optimizer=sgd", "optimizer._target_=torch.optim.Adagrad", "optimizer.momentum=0.9")
 
 
 def test_a_capture_asks_for_a_graph_of_this_thread_alone(monkeypatch):

@@ -1,6 +1,6 @@
 """An optimizer step as one CUDA graph: the GPU is given some hundred small kernels by a single call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,16 @@ def cuda_graph(work: Callable[[], Outputs]) -> Callable[[], Outputs]:
 
 
 class CapturedStep:
-    """`step`, captured once: images (B, C, H, W) and labels (B,) -> two tensors.
+    """`step`, captured once: images and labels -> two tensors.
 
     Results are those of `step`, but that learning rates are rounded to float32. The first steps run as they are, on a
     stream of their own, and find the memory that they keep (moments, workspaces); then comes the capture. Mini-batches
-    of another size than `batch_size` run as they are. What `step` reads from Python is frozen by the capture, but
-    for the learning rates.
+    smaller than the largest so far run as they are. What `step` reads from Python is frozen by the capture, but for the
+    learning rates.
 
     Args:
         step: forward, backward and update, without any number that Python would have to wait for.
-        optimizer: the one that `step` uses; its learning rates may change between steps.
-        batch_size: samples of the mini-batches to capture.
+        optimizers: those that `step` uses; their learning rates may change between steps.
         capture: `cuda_graph`, or what stands for it where there is no GPU.
 
     References:
@@ -47,27 +46,26 @@ class CapturedStep:
     def __init__(
         self,
         step: Step,
-        optimizer: Optimizer,
-        batch_size: int,
+        optimizers: Sequence[Optimizer],
         capture: Callable[[Callable[[], Outputs]], Any] = cuda_graph,
     ) -> None:
         self._step = step
-        self._batch_size = batch_size
-        self._groups: list[dict[str, Any]] = optimizer.param_groups
+        self._groups: list[dict[str, Any]] = [group for one in optimizers for group in one.param_groups]
         self._capture = capture
         self._replay: Callable[[], Outputs] | None = None
-        self._lrs: list[Tensor] | None = None
+        self._numbers: list[float] = []  # that are in `_rates`, and one by one in `_lrs`
+        self._rates = torch.zeros(len(self._groups), device=self._groups[0]["params"][0].device)
+        self._lrs = self._rates.unbind()
+        self._images = self._labels = torch.empty(0)
         self._seen = 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
-        if self._lrs is None:
-            self._lrs = [torch.tensor(float(group["lr"]), device=images.device) for group in self._groups]
-        for group, lr in zip(self._groups, self._lrs, strict=True):
-            lr.fill_(group["lr"])
-        if len(labels) != self._batch_size:
-            return self._with_lrs_in_tensors(images, labels)
-        if self._seen == 0:
+        self._take_lrs()
+        if labels.numel() > self._labels.numel():
             self._images, self._labels = images.clone(), labels.clone()
+            self._seen, self._replay = 0, None
+        if labels.shape != self._labels.shape:
+            return self._with_lrs_in_tensors(images, labels)
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._seen += 1
@@ -78,6 +76,12 @@ class CapturedStep:
             self._replay = self._capture(lambda: self._with_lrs_in_tensors(self._images, self._labels))
         first, second = self._replay()
         return first.clone(), second.clone()
+
+    def _take_lrs(self) -> None:
+        numbers = [float(group["lr"]) for group in self._groups]
+        if numbers != self._numbers:
+            self._rates.copy_(torch.tensor(numbers), non_blocking=True)
+            self._numbers = numbers
 
     def _aside(self, device: torch.device) -> Outputs:
         if device.type != "cuda":
@@ -91,7 +95,6 @@ class CapturedStep:
 
     def _with_lrs_in_tensors(self, images: Tensor, labels: Tensor) -> Outputs:
         """In steps that are not captured, too: a run that goes on has other ones of these, and the same numbers."""
-        assert self._lrs is not None
         numbers = [group["lr"] for group in self._groups]
         try:
             for group, lr in zip(self._groups, self._lrs, strict=True):

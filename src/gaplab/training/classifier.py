@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaplab import config
-from gaplab.errors import DivergenceError
+from gaplab.errors import DivergenceError, UserError
 from gaplab.ranks import ALONE, Ranks
 from gaplab.training.captured import CapturedStep
-from gaplab.training.optim import align_, build_optimizer, build_scheduler
+from gaplab.training.optim import align_, build_optimizer, build_scheduler, make_capturable_, update_
 
 Batch = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ class Classifier(LightningModule):
         batches_per_epoch: mini-batches in an epoch.
         accumulate: mini-batches whose mean gradient makes one optimizer step; the last step of an epoch may have fewer.
         clip: largest L2 norm of the gradient, or None.
-        batch_size, samples_per_epoch: of all `ranks` together; needed where there are several, and by `compile`.
+        batch_size, samples_per_epoch: of all `ranks` together; needed where there are several.
         ranks: the processes that train together, each with its part of every mini-batch.
         compile: run an optimizer step as a CUDA graph; without `accumulate`, on one device.
 
@@ -114,7 +114,11 @@ class Classifier(LightningModule):
 
     def build(self, max_epochs: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
         """Optimizer and schedule of a training of `max_epochs`."""
-        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets, self._compile)
+        optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets)
+        if self._compile and not make_capturable_(optimizer):
+            raise UserError(
+                f"trainer.compile=true: {self._optimizer._target_} is not made for CUDA graphs (no `capturable`)"
+            )
         total = self.steps_per_epoch * max_epochs
         return optimizer, build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
 
@@ -156,42 +160,36 @@ class Classifier(LightningModule):
         assert not isinstance(scheduler, list)
         self._autocast = torch.is_autocast_enabled(self.device.type)
         if self._compile and self._captured is None:
-            self._captured = CapturedStep(self._whole_step, optimizer, min(self._batch_size, self._samples_per_epoch))
+            self._captured = CapturedStep(self._whole_step, [optimizer])
         learn = self._captured or self._learn
         try:
             for images, labels in chunk:
                 loss, answers = learn(images, labels)
-                self.advance(loss, answers, labels, optimizer, scheduler)
+                self._losses.append(loss)
+                self._answers.append(answers)
+                self._labels.append(labels)
+                at = self.at
+                at.batches += 1
+                if at.batches % self._accumulate and at.batches != self._batches_per_epoch:
+                    continue
+                if self._captured is None:
+                    update_(self.network, optimizer, self._clip)
+                self.end_step(optimizer, scheduler)
+                if self._autocast:  # it would go on with copies of the weights made before this step
+                    torch.clear_autocast_cache()
+                for call in self.after_step:
+                    call(at.steps)
             self.count_up()
         finally:
             self.train_s += time.perf_counter() - start
         return self._mean_loss
 
-    def advance(
-        self, loss: Tensor, answers: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, scheduler: Any
-    ) -> None:
-        """Go on from a mini-batch whose gradient is there: count it, and take the optimizer step that it completes.
-
-        Args:
-            loss, answers, labels: of the mini-batch: (), (B,), (B,).
-        """
-        at = self.at
-        at.batches += 1
-        self._losses.append(loss)
-        self._answers.append(answers)
-        self._labels.append(labels)
-        if at.batches % self._accumulate and at.batches != self._batches_per_epoch:
-            return
-        if self._captured is None:
-            self._update(optimizer)
-        at.lr = optimizer.param_groups[0]["lr"]
+    def end_step(self, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> None:
+        """Count an optimizer step, and go on in the schedule."""
+        self.at.lr = optimizer.param_groups[0]["lr"]
         if scheduler is not None:
             scheduler.step()
-        at.steps += 1
-        if self._autocast:  # it would go on with copies of the weights made before this step
-            torch.clear_autocast_cache()
-        for call in self.after_step:
-            call(at.steps)
+        self.at.steps += 1
 
     def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradient of a mini-batch, or of its part of an optimizer step; its mean loss (), answers (B,)."""
@@ -205,19 +203,11 @@ class Classifier(LightningModule):
             self.manual_backward(share)  # Lightning has DDP average the gradients meanwhile
         return loss.detach(), logits.argmax(1)
 
-    def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._clip is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self._clip)
-        optimizer.step()
-        for group in optimizer.param_groups:  # as zero_grad, which looks at more and takes 3 % of a small step
-            for parameter in group["params"]:
-                parameter.grad = None
-
     def _whole_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         found = self._learn(images, labels)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self._update(optimizer)
+        update_(self.network, optimizer, self._clip)
         return found
 
     def count_up(self) -> None:
@@ -226,11 +216,16 @@ class Classifier(LightningModule):
             return
         if self._trainer is not None:
             self._count_steps()
-        self._mean_loss = self._finite(torch.stack(self._losses)).mean()
-        labels = torch.cat(self._labels)
-        self.running[0] += int((torch.cat(self._answers) == labels).sum())
-        self.running[1] += len(labels)
+        losses, labels = torch.stack(self._losses), torch.cat(self._labels)
+        self._mean_loss = losses.mean()
+        self.count(losses, int((torch.cat(self._answers) == labels).sum()), len(labels))
         self._losses, self._answers, self._labels = [], [], []
+
+    def count(self, losses: Tensor, correct: int, samples: int) -> None:
+        """Bring `running` up to the newest mini-batches, whose mean losses are (S,). Raises DivergenceError."""
+        self._refuse_infinite(losses)
+        self.running[0] += correct
+        self.running[1] += samples
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say where training is in gaplab's own words: Lightning's count chunks, which a checkpoint may divide."""
@@ -278,9 +273,9 @@ class Classifier(LightningModule):
         first = self.at.batches // self._accumulate * self._accumulate
         return min(self._accumulate, self._batches_per_epoch - first)
 
-    def _finite(self, losses: Tensor) -> Tensor:
+    def _refuse_infinite(self, losses: Tensor) -> None:
         if bool(losses.isfinite().all()):
-            return losses
+            return
         first = int((~losses.isfinite()).nonzero()[0])
         number = (self.at.batches - len(losses) + first) // self._accumulate
         step = self.at.epochs * self.steps_per_epoch + number + 1

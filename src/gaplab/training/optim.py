@@ -12,12 +12,9 @@ from gaplab.errors import UserError
 from gaplab.targets import accepted, load_class
 
 
-def build_optimizer(
-    network: nn.Module, settings: config.Optimizer, allowed_targets: list[str], captured: bool = False
-) -> Optimizer:
+def build_optimizer(network: nn.Module, settings: config.Optimizer, allowed_targets: list[str]) -> Optimizer:
     """The optimizer over all parameters of `network`, in torch's fused form where there is one.
 
-    With `captured` its step may be part of a CUDA graph.
     Weight decay acts on weights alone; on BatchNorm's parameters and on biases only with `decay_norm_and_bias`. Raises
     UserError when the class cannot be reached or built.
     """
@@ -37,11 +34,8 @@ def build_optimizer(
     for item in fields(settings):  # a key that is left at its default may be unknown to an optimizer of another kind
         if item.name in offered.keys() - taken.keys() and getattr(settings, item.name) != _default(item):
             raise UserError(f"optimizer.{item.name}: {settings._target_} takes no such argument")
-    forms = accepted(optimizer_class, {"fused": True} | ({"capturable": True} if captured else {}))
-    if captured and "capturable" not in forms and not issubclass(optimizer_class, SGD):  # it may count in Python
-        raise UserError(f"trainer.compile=true: {settings._target_} is not made for CUDA graphs (no `capturable`)")
     try:
-        return optimizer_class(groups, **taken, **forms)
+        return optimizer_class(groups, **taken, **accepted(optimizer_class, {"fused": True}))
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer._target_={settings._target_}: {error}") from None
 
@@ -53,6 +47,30 @@ def align_(optimizer: Optimizer) -> None:
         for name, value in kept.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def make_capturable_(optimizer: Optimizer) -> bool:
+    """Have its step be such that a CUDA graph may hold it; False where that cannot be."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if not isinstance(optimizer, SGD):  # which counts no steps
+        if not all("capturable" in group for group in groups):
+            return False
+        for group in groups:
+            group["capturable"] = True
+        for parameter, kept in optimizer.state.items():
+            if "step" in kept:
+                kept["step"] = torch.as_tensor(kept["step"], dtype=torch.float32, device=parameter.device)
+    return True
+
+
+def update_(network: nn.Module, optimizer: Optimizer, clip: float | None) -> None:
+    """Take an optimizer step with the gradients of `network`, clipped to the L2 norm `clip`, and drop them."""
+    if clip is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
+    optimizer.step()
+    for group in optimizer.param_groups:  # as zero_grad, which looks at more and takes 3 % of a small step
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _default(item: Field[Any]) -> Any:

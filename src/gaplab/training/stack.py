@@ -1,4 +1,4 @@
-"""Networks of one build that learn as one: a forward and a backward pass for all of them.
+"""Networks of one build that learn as one: a forward and a backward pass for all of them, then each one's own update.
 
 Their tensors lie side by side, along a replica axis that comes first; each network's own are views into those. So an
 optimizer, a checkpoint or an evaluation of one of them needs to know nothing of the others.
@@ -7,23 +7,32 @@ Shapes: R replicas, B samples, C channels, H height, W width, K classes, D anyth
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from gaplab.training.captured import CapturedStep, Step, cuda_graph
+from gaplab.training.optim import align_, make_capturable_, update_
 
 
 class Stack:
     """Networks that differ in their tensors, and in the probabilities of their `nn.Dropout`, alone.
 
-    BatchNorm's statistics are each network's own. So is what dropout draws, from torch's global stream.
+    BatchNorm's statistics are each network's own. So is what dropout draws, from torch's global stream. On a GPU a step
+    of all of them is one CUDA graph, where every optimizer can be part of one.
 
     Args:
         networks: uint8 (B, C, H, W) -> logits (B, K), in train mode, on one device. From now on their parameters and
             buffers are views; the parameters stay the same objects.
+        optimizers: each network's own.
+        clips: the largest L2 norm of each one's gradient, or None.
+        capture: as of `CapturedStep`; None for `cuda_graph` on a GPU, and for no graph elsewhere.
 
     References:
         PyTorch documentation, "Model ensembling" (`torch.func`).
@@ -31,42 +40,56 @@ class Stack:
         Squeezer for Training Novel Deep Learning Models", 2021, arXiv:2102.02344.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        clips: Sequence[float | None] | None = None,
+        capture: Callable[..., Any] | None = None,
+    ) -> None:
         self._body = copy.deepcopy(networks[0])  # what is computed; its own tensors are never used
         self._dropouts = [name for name, module in self._body.named_modules() if isinstance(module, nn.Dropout)]
         for name in self._dropouts:
             self._body.set_submodule(name, Dropout())
         for module in self._body.modules():
             if isinstance(module, _BatchNorm):
-                module.num_batches_tracked = None  # counted in `learn`: vmap cannot
+                module.num_batches_tracked = None  # counted in `_learn`: vmap cannot
         self._forward = vmap(self._call, in_dims=(0, 0, 0), randomness="different")
-        self.networks: list[nn.Module] = []
-        self.keep(networks)
+        self._device = next(networks[0].parameters()).device
+        self._capture = capture or (cuda_graph if self._device.type == "cuda" else None)
+        self._all = list(zip(networks, optimizers, clips or [None] * len(networks), strict=True))
+        self.keep(range(len(networks)))
 
-    def keep(self, networks: Sequence[nn.Module]) -> None:
+    def keep(self, places: Sequence[int]) -> None:
         """Go on with these alone; the others get tensors of their own, and hold no memory of the stack."""
-        for network in self.networks:
-            if network not in networks:
+        for place, (network, _, _) in enumerate(self._all):
+            if place not in places:
                 _place(network, {name: value.clone() for name, value in _tensors(network)})
-        self.networks = list(networks)
-        first = self.networks[0]
-        values = [dict(_tensors(network)) for network in self.networks]
+        self._all = [self._all[place] for place in places]
+        networks = [network for network, _, _ in self._all]
+        values = [dict(_tensors(network)) for network in networks]
         # contiguous, as the gradients: see `optim.align_`
         stacked = {name: torch.stack([one[name] for one in values]).contiguous() for name in values[0]}
-        self._parameters = {name: stacked[name] for name, _ in first.named_parameters()}
-        self._buffers = {name: stacked[name] for name, _ in first.named_buffers()}
-        for number, network in enumerate(self.networks):
+        self._parameters = {name: stacked[name] for name, _ in networks[0].named_parameters()}
+        self._buffers = {name: stacked[name] for name, _ in networks[0].named_buffers()}
+        for number, network in enumerate(networks):
             _place(network, {name: value[number] for name, value in stacked.items()})
         for value in self._parameters.values():
             value.requires_grad_()
-        self._own = [[network.get_parameter(name) for network in self.networks] for name in self._parameters]
+        self._own = [[network.get_parameter(name) for network in networks] for name in self._parameters]
         self._counts = [self._buffers.pop(name) for name in list(self._buffers) if name.endswith("num_batches_tracked")]
         for name in self._dropouts:
-            chances = [network.get_submodule(name).p for network in self.networks]  # type: ignore[union-attr]
-            self._buffers[f"{name}.p"] = torch.tensor(chances, device=next(first.parameters()).device)
+            chances = [network.get_submodule(name).p for network in networks]  # type: ignore[union-attr]
+            self._buffers[f"{name}.p"] = torch.tensor(chances, device=self._device)
+        optimizers = [optimizer for _, optimizer, _ in self._all]
+        for optimizer in optimizers:
+            align_(optimizer)
+        self._whole: Step = self._eager
+        if self._capture and all(make_capturable_(optimizer) for optimizer in optimizers):
+            self._whole = CapturedStep(self._eager, optimizers, self._capture)
 
-    def learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Give each network's parameters the gradient of its own mini-batch, in `grad`.
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Have each network's optimizer take a step with the gradient of its own mini-batch.
 
         Args:
             images: uint8 (R, B, C, H, W).
@@ -74,6 +97,16 @@ class Stack:
 
         Returns each one's mean cross-entropy (R,) and answers (R, B).
         """
+        return self._whole(images, labels)
+
+    def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._learn(images, labels)
+        for network, optimizer, clip in self._all:
+            update_(network, optimizer, clip)
+        return found
+
+    def _learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Give each network's parameters their gradients, in `grad`."""
         logits = self._forward(self._parameters, self._buffers, images)  # (R, B, K)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
         gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()), allow_unused=True)
