@@ -235,23 +235,24 @@ def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
     short = composed(*SMALL, f"paths.outputs={tmp_path}")
     replicas, said = trial.plan(short, 8, None, 2)
     assert (replicas, said[:36]) == (1, "8 runs of mlp: one by one, too short")
-    found = trial.times(config, build_datamodule(config.data, 0), [2, 4, 8], 8000)
-    assert list(found) == [1, 2, 4, 8]
+    monkeypatch.setattr(trial, "HOPE", 100)
+    found = trial.times(config, build_datamodule(config.data, 0), [4, 16], 8000)
+    assert list(found) == [1, 4, 16]
     assert all(seconds > 0 for seconds in found.values())
     tried: list[list[int]] = []
 
     def times(_, __, sizes, ___):
         tried.append(sizes)
-        return {1: 1.0} | {size: {2: 1.7, 4: 1.2, 8: 0.5, 16: 0.6}[size] for size in sizes if size in (2, 4, 8, 16)}
+        return {1: 1.0} | {size: {2: 1.7, 4: 1.2, 16: 0.5, 32: 0.6}[size] for size in sizes if size in (2, 4, 16, 32)}
 
     monkeypatch.setattr(trial, "times", times)
-    assert trial.plan(config, 64, None, 2) == (8, "64 runs of mlp: 8 as one, 2.00 times as fast as one by one")
+    assert trial.plan(config, 64, None, 2) == (16, "64 runs of mlp: 16 as one, 2.00 times as fast as one by one")
     alone = "32 runs of mlp: one by one, for as one they would take 1.70 times as long"
     assert trial.plan(config, 32, None, 16) == (1, alone)  # what every process can have is what is tried
-    assert tried == [[2, 4, 8, 16, 32], [2]]
+    assert tried == [[4, 16, 32], [2]]
     assert trial.plan(config, 16, None, 16) == (1, "16 runs of mlp: one by one, a process for each")
     monkeypatch.setattr(trial, "memory", lambda: 100_000_000)
-    assert trial.plan(config, 64, None, 1)[0] == 8
+    assert trial.plan(config, 64, None, 1)[0] == 16
     assert max(tried[-1]) < 64
     replicas, said = trial.plan(config, 64, 64, 1)
     assert replicas == 0
@@ -259,6 +260,19 @@ def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
     assert trial.plan(config, 64, 64, 16) == (0, said.replace("64 as one, in 1 ", "4 as one, in 16 "))
     monkeypatch.setattr(trial, "memory", lambda: 100_000)
     assert trial.plan(config, 64, None, 1) == (1, "64 runs of mlp: one by one, for memory holds no two as one")
+
+
+def test_a_trial_stops_where_more_as_one_only_take_longer(monkeypatch, tmp_path):
+    config = composed(*SMALL, f"paths.outputs={tmp_path}")
+    data = build_datamodule(config.data, 0)
+
+    def tried(taken: dict[int, float]) -> list[int]:
+        monkeypatch.setattr(trial, "_seconds", lambda _, __, number, ___: taken[number])
+        return list(trial.times(config, data, [4, 16, 64], 1e6))
+
+    assert tried({1: 1.0, 4: 1.4}) == [1, 4]
+    assert tried({1: 1.0, 4: 1.2, 16: 1.1}) == [1, 4, 16]
+    assert tried({1: 1.0, 4: 0.9, 16: 0.5, 64: 0.4}) == [1, 4, 16, 64]
 
 
 def test_runs_that_were_killed_at_different_places_all_go_on_once(tmp_path):

@@ -22,10 +22,11 @@ from gaplab.training.optim import build_optimizer, make_capturable_, update_
 from gaplab.training.stack import Stack
 
 STEPS = 40  # of a trial, at most, and seconds
-SECONDS = 0.5
+SECONDS = 0.3
 WARM_UP = 2  # steps
 SHORT_S = 10.0  # of training for a process: a trial would take longer than it spares
 LARGEST_PART = 0.05  # of the training, that the trial of one number may take
+HOPE = 1.3  # times as long as alone, at most, that the first number may take for a larger one to be tried
 WORTH = 0.95  # of the time alone, at most, for runs to be trained as one
 COPIES = 3  # of what a run needs at least: vmap moves replicas between axes (1.0 to 2.6 seen on the CPU)
 FILES = 4  # that a run holds open
@@ -48,7 +49,7 @@ def plan(config: Config, count: int, replicas: int | None, processes: int) -> tu
     data = build_datamodule(config.data, config.seed, bn=config.model.bn, sources=sources)
     each = COPIES * worker.bytes_of(config, data, worker.footprint_of(config, data))
     fitting = memory() // (processes * max(each, 1))
-    sizes = [fusing.size(count, most, processes) for most in _doubling(replicas or count)]
+    sizes = [fusing.size(count, most, processes) for most in _rising(replicas or count)]
     if replicas is not None:
         if sizes[-1] > max(1, fitting):
             return 0, (
@@ -72,9 +73,9 @@ def plan(config: Config, count: int, replicas: int | None, processes: int) -> tu
     return best, f"{name}: {best} as one, {found[1] / found[best]:.2f} times as fast as one by one"
 
 
-def _doubling(most: int) -> list[int]:
-    """1, 2, 4, …, `most`."""
-    return [*itertools.takewhile(lambda number: number < most, (2**power for power in itertools.count())), most]
+def _rising(most: int) -> list[int]:
+    """1, 4, 16, …, `most`: seconds change little between, and a trial of one more number costs more than that."""
+    return [*itertools.takewhile(lambda number: number < most, (4**power for power in itertools.count())), most]
 
 
 def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> dict[int, float]:
@@ -97,7 +98,7 @@ def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> 
                 found[number] = _seconds(config, data, number, device)
             except Exception:  # vmap cannot take everything, in more ways than one
                 break
-            if number > 4 and found[number] > 1.05 * min(found.values()):
+            if found[number] > (HOPE if len(found) == 2 else 1.05) * min(found.values()):
                 break
     return found
 
