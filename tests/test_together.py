@@ -1,8 +1,10 @@
 """Runs trained as one come to what they come to alone, and are left behind in the same way."""
 
+import csv
 import json
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import assert_refused, composed, train_py
 
 from gaplab import config as configs
 from gaplab import fusing, interrupt, launch, sweep, trial
+from gaplab.analysis.report import report
 from gaplab.data.datamodule import build_datamodule
 from gaplab.training.reader import read_checkpoint
 
@@ -79,6 +82,42 @@ def test_each_comes_to_what_it_comes_to_alone(case, tmp_path):
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         assert one["times"].keys() == other["times"].keys()
+
+
+def leaves(value, at: str = "") -> Iterator[tuple[str, object]]:
+    """Every value within, by its path; numbers of a table too, and nothing that two runs of one config differ in."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, one in inner:
+            if str(name) not in ("run_id", "sweep", "sources", "title", "generated") and "time/" not in str(name):
+                yield from leaves(one, f"{at}/{name}")
+    else:
+        try:
+            yield at, float(value)
+        except (TypeError, ValueError):
+            yield at, value
+
+
+def test_a_report_says_the_same_of_runs_trained_as_one_and_of_runs_alone(tmp_path):
+    words = [
+        ["optimizer=sgd", *EXACT, f"model.bn={bn}", f"seed={seed}"] for bn in ("false", "true") for seed in range(3)
+    ]
+    alone(tmp_path / "sweeps" / "alone", *words)
+    folders = saved(tmp_path / "sweeps" / "together", *words)
+    for group in (folders[:3], folders[3:]):
+        sweep.run_together(group)
+    found = []
+    for name in ("alone", "together"):
+        folder = report(configs.Report(sweep=name, paths=configs.Paths(str(tmp_path))))
+        rows = list(csv.DictReader((folder / "runs.csv").read_text().splitlines()))
+        found.append(dict(leaves([json.loads((folder / "report.json").read_text()), rows])))
+    numbers, words = (
+        [{p: v for p, v in one.items() if isinstance(v, float) is kind} for one in found] for kind in (True, False)
+    )
+    assert words[0] == words[1]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0, abs=1e-9)
+    assert "verdict" in "".join(words[0])
+    assert "/0/sections/0/contrasts/gap/acc/effects/0/difference" in numbers[0]
 
 
 def keys_of(value):
