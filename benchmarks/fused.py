@@ -1,12 +1,15 @@
 """Sweeps over seeds: one after another, in processes, and trained as one (hydra/launcher=fused), side by side.
 
-    python benchmarks/fused.py [--most 64]
+    python benchmarks/fused.py [--most 256]
 
 Each sweep is the command as a person types it, from start to end, with checkpoints and journals and without MLflow; its
-seconds are divided by its runs. Then the peak memory of a process that trains so many as one, whatever is faster.
+seconds are divided by its runs. Short sweeps are repeated in turns, and medians taken; the longest leaves out one after
+another. An hour and more on an idle machine. Then the peak memory of a process that trains so many as one, whatever is
+faster.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,8 +24,10 @@ SWEEPS = {
     "cnn, batch 32": ["model=cnn", "data.train_size=2000", *SHORT],
     "resnet, batch 32": ["model=resnet", "model.depth=8", "data.train_size=1000", *SHORT],
 }
-MOST = {"cnn, batch 32": 16, "resnet, batch 32": 16}
+MOST = {"mlp, batch 32": 256, "mlp, batch 128": 64, "cnn, batch 32": 16, "resnet, batch 32": 16}
 NUMBERS = (1, 4, 16, 64, 256)
+LONG = 256
+TURNS = {1: 3, 4: 3, 16: 2}
 ENGINES = {"one by one": "basic", "processes": "joblib", "fused": "fused"}
 COMMON = ["model.bn=true", "data.valid_size=1000", "figures=false", "tracking=none"]
 
@@ -66,7 +71,7 @@ def train(number: int, outputs: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--most", type=int, default=64, help="runs of a sweep")
+    parser.add_argument("--most", type=int, default=256, help="runs of a sweep")
     parser.add_argument("--peak", nargs=2, metavar=("NUMBER", "OUTPUTS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -74,18 +79,20 @@ def main() -> None:
         return
     rows = []
     for name, words in SWEEPS.items():
-        for number in NUMBERS:
-            if number > min(given.most, MOST.get(name, given.most)):
-                continue
-            found = {label: sweep(words, number, engine) for label, engine in ENGINES.items()}
-            seconds = {label: one for label, (one, _) in found.items()}
-            rows.append({"network": name, "runs": number, "seconds": seconds, "said": found["fused"][1]})
-            least = min(seconds["one by one"], seconds["processes"])
-            print(
-                f"| {name} | {number} | {' | '.join(f'{one:.2f}' for one in seconds.values())} | "
-                f"{seconds['fused'] / least:.2f} | {found['fused'][1].partition(': ')[2]} |",
-                flush=True,
-            )
+        for number in (one for one in NUMBERS if one <= min(given.most, MOST[name])):
+            engines = {label: one for label, one in ENGINES.items() if number < LONG or one != "basic"}
+            taken: dict[str, list[float]] = {label: [] for label in engines}
+            said = set()
+            for _ in range(TURNS.get(number, 1)):
+                for label, engine in engines.items():
+                    seconds, reason = sweep(words, number, engine)
+                    taken[label].append(seconds)
+                    said |= {reason.partition(": ")[2]} - {""}
+            rows.append({"network": name, "runs": number, "seconds": taken, "said": sorted(said)})
+            medians = {label: statistics.median(seconds) for label, seconds in taken.items()}
+            least = min(seconds for label, seconds in medians.items() if label != "fused")
+            shown = " | ".join(f"{medians[label]:.2f}" if label in medians else "" for label in ENGINES)
+            print(f"| {name} | {number} | {shown} | {medians['fused'] / least:.2f} | {'; '.join(said)} |", flush=True)
     memory = {number: peak(number) for number in NUMBERS if number <= max(given.most, 64)}
     print("MB: " + ", ".join(f"{number} as one {megabytes:.0f}" for number, megabytes in memory.items()))
     keep("fused", {"rows": rows, "memory": memory})

@@ -248,10 +248,12 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
         "tracking.log_model=false",
     ]
     keys = ["hydra/launcher=fused", "hydra.launcher.replicas=4", "hydra.launcher.n_jobs=1"]
-    done = train_py("-m", *keys, *words, "model.bn=true", "optimizer.lr=0.001,1e30", "seed=0,1")
+    sweep = ["model.bn=true", "optimizer.lr=0.001,1e30", "trainer.deterministic=false,true", "seed=0,1"]
+    done = train_py("-m", *keys, *words, *sweep)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: 2 of 4 jobs did not finish"
+    assert done.stderr.splitlines()[-1] == "error: 4 of 8 jobs did not finish"
     assert "4 runs of mlp bn: 4 as one, as asked" in done.stdout
+    assert "4 runs: one by one, for trainer.deterministic=true" in done.stdout
     assert "hydra/launcher=fused hydra.launcher.replicas=4 hydra.launcher.n_jobs=1" in done.stdout
     (folder,) = (tmp_path / "sweeps").iterdir()
     from mlflow import MlflowClient
@@ -259,7 +261,7 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     parent = json.loads((folder / "mlflow.json").read_text())["run_id"]
     runs = client.search_runs(["1"], f"tags.mlflow.parentRunId = '{parent}'")
-    assert sorted(run.info.status for run in runs) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+    assert sorted(run.info.status for run in runs) == ["FAILED"] * 4 + ["FINISHED"] * 4
     for run in runs:
         found = result(folder / run.data.tags["job"])
         assert found["run_id"] == run.info.run_id

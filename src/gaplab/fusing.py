@@ -33,6 +33,11 @@ def kind(config: Config) -> str:
     return repr((model, replace(config.data, label_noise=0.0), trainer, config.allowed_targets))
 
 
+def label(config: Config, count: int) -> str:
+    """`count` runs as `config`, in words."""
+    return f"{count} runs of {configs.run_name(replace(config, name=None)).rpartition(' ')[0]}"
+
+
 def groups(config: Sequence[Config]) -> list[list[int]]:
     """The places of runs that may be trained as one, each place in one group; in order."""
     found: dict[str, list[int]] = {}

@@ -6,13 +6,11 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaplab import config as configs
 from gaplab import fusing, worker
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule, read_sources, read_together
@@ -44,7 +42,7 @@ def plan(config: Config, count: int, replicas: int | None, processes: int) -> tu
     Raises UserError where the runs cannot be prepared.
     """
     worker.set_up(config)
-    name = f"{count} runs of {configs.run_name(replace(config, name=None)).rpartition(' ')[0]}"
+    name = fusing.label(config, count)
     sources = read_sources(config.data, config.allowed_targets, worker.data_cache(config))
     data = build_datamodule(config.data, config.seed, bn=config.model.bn, sources=sources)
     each = COPIES * worker.bytes_of(config, data, worker.footprint_of(config, data))

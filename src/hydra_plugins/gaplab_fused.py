@@ -1,15 +1,19 @@
 """A sweep's jobs in groups that are trained as one, `hydra/launcher=fused`, and the rest one by one."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import MISSING, DictConfig
+
+if TYPE_CHECKING:
+    from gaplab.config import Config
 
 FEW = 8  # jobs of a kind: fewer are done before a trial on several cores is
 
@@ -59,7 +63,7 @@ class FusedLauncher(Launcher):
         if len(folders) == 1:  # a pool would take seconds to start
             return [_returned(_run_one(folders[0], in_here=True).get(str(folders[0])))]
         jobs = [configs.load(folder / "config.yaml") for folder in folders]
-        processes = self._n_jobs or _processes(jobs[0])
+        processes = self._n_jobs or _processes(jobs)
         pool: Any = Parallel(processes, backend="loky", batch_size=1)
         with pool:
             groups = fusing.groups(jobs)
@@ -70,14 +74,17 @@ class FusedLauncher(Launcher):
                 + [delayed(_get_ready)() for _ in range(processes - len(several)) if several]
             )
             most = {tuple(group): plan for group, plan in zip(several, plans, strict=False)}
+            for reason, count in Counter(filter(None, map(fusing.refusal, jobs))).items():
+                print(f"{count} run{'s' * (count > 1)}: one by one, for {reason}", flush=True)
             tasks: list[list[Path]] = []
             lost: dict[str, str] = {}
             for group in groups:
-                replicas, said = most.get(tuple(group), (1, ""))
+                few = f"{fusing.label(jobs[group[0]], len(group))}: one by one, too few for a trial"
+                replicas, said = most.get(tuple(group), (1, few))
                 if replicas == 0:
                     lost |= dict.fromkeys((str(folders[place]) for place in group), said)
                     continue
-                if said:
+                if len(group) > 1:
                     print(said, flush=True)
                 sizes = iter(fusing.shares(len(group), replicas, processes))
                 places = iter(group)
@@ -88,13 +95,13 @@ class FusedLauncher(Launcher):
         return [_returned(lost.get(str(folder))) for folder in folders]
 
 
-def _processes(config: Any) -> int:
+def _processes(jobs: "Sequence[Config]") -> int:
     from gaplab.config import cuda_devices
     from gaplab.machine import usable_cores
 
-    if config.trainer.accelerator != "cpu" and cuda_devices():
+    if cuda_devices() and any(job.trainer.accelerator != "cpu" for job in jobs):
         return 1
-    return max(1, usable_cores() // ((config.trainer.threads or 1) * config.trainer.devices))
+    return max(1, usable_cores() // max((job.trainer.threads or 1) * job.trainer.devices for job in jobs))
 
 
 def _returned(problem: str | None) -> JobReturn:
