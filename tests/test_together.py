@@ -271,36 +271,55 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
             assert history[-1].value == found["gap_acc"]
 
 
+def plan(config: configs.Config, count: int, replicas: int | None, processes: int) -> tuple[int, str]:
+    return trial.plan(config, count * [config.optimizer], replicas, processes)
+
+
 def test_a_trial_decides_how_many_go_together(monkeypatch, tmp_path):
     config = composed(*SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=1000")
     short = composed(*SMALL, f"paths.outputs={tmp_path}")
-    replicas, said = trial.plan(short, 8, None, 2)
+    replicas, said = plan(short, 8, None, 2)
     assert (replicas, said[:36]) == (1, "8 runs of mlp: one by one, too short")
     monkeypatch.setattr(trial, "HOPE", 100)
-    found = trial.times(config, build_datamodule(config.data, 0), [4, 16], 8000)
+    found = trial.times(config, 16 * [config.optimizer], build_datamodule(config.data, 0), [4, 16], 8000)
     assert list(found) == [1, 4, 16]
     assert all(seconds > 0 for seconds in found.values())
     tried: list[list[int]] = []
 
-    def times(_, __, sizes, ___):
+    def times(_, __, ___, sizes, ____):
         tried.append(sizes)
         return {1: 1.0} | {size: {2: 1.7, 4: 1.2, 16: 0.5, 32: 0.6}[size] for size in sizes if size in (2, 4, 16, 32)}
 
     monkeypatch.setattr(trial, "times", times)
-    assert trial.plan(config, 64, None, 2) == (16, "64 runs of mlp: 16 as one, 2.00 times as fast as one by one")
+    assert plan(config, 64, None, 2) == (
+        16,
+        "64 runs of mlp: 16 as one, 2.00 times as fast as one by one",
+    )
     alone = "32 runs of mlp: one by one, for as one they would take 1.70 times as long"
-    assert trial.plan(config, 32, None, 16) == (1, alone)  # what every process can have is what is tried
+    assert plan(config, 32, None, 16) == (
+        1,
+        alone,
+    )  # what every process can have is what is tried
     assert tried == [[4, 16, 32], [2]]
-    assert trial.plan(config, 16, None, 16) == (1, "16 runs of mlp: one by one, a process for each")
+    assert plan(config, 16, None, 16) == (
+        1,
+        "16 runs of mlp: one by one, a process for each",
+    )
     monkeypatch.setattr(trial, "memory", lambda: 100_000_000)
-    assert trial.plan(config, 64, None, 1)[0] == 16
+    assert plan(config, 64, None, 1)[0] == 16
     assert max(tried[-1]) < 64
-    replicas, said = trial.plan(config, 64, 64, 1)
+    replicas, said = plan(config, 64, 64, 1)
     assert replicas == 0
     assert re.match(r"hydra.launcher.replicas=64: 64 as one, in 1 processes, need 0\.\d GB .* there are 0\.1$", said)
-    assert trial.plan(config, 64, 64, 16) == (0, said.replace("64 as one, in 1 ", "4 as one, in 16 "))
+    assert plan(config, 64, 64, 16) == (
+        0,
+        said.replace("64 as one, in 1 ", "4 as one, in 16 "),
+    )
     monkeypatch.setattr(trial, "memory", lambda: 100_000)
-    assert trial.plan(config, 64, None, 1) == (1, "64 runs of mlp: one by one, for memory holds no two as one")
+    assert plan(config, 64, None, 1) == (
+        1,
+        "64 runs of mlp: one by one, for memory holds no two as one",
+    )
 
 
 def test_a_trial_stops_where_more_as_one_only_take_longer(monkeypatch, tmp_path):
@@ -308,12 +327,19 @@ def test_a_trial_stops_where_more_as_one_only_take_longer(monkeypatch, tmp_path)
     data = build_datamodule(config.data, 0)
 
     def tried(taken: dict[int, float]) -> list[int]:
-        monkeypatch.setattr(trial, "_seconds", lambda _, __, number, ___: taken[number])
-        return list(trial.times(config, data, [4, 16, 64], 1e6))
+        monkeypatch.setattr(trial, "_seconds", lambda _, settings, *__: taken[len(settings)])
+        return list(trial.times(config, 64 * [config.optimizer], data, [4, 16, 64], 1e6))
 
     assert tried({1: 1.0, 4: 1.4}) == [1, 4]
     assert tried({1: 1.0, 4: 1.2, 16: 1.1}) == [1, 4, 16]
     assert tried({1: 1.0, 4: 0.9, 16: 0.5, 64: 0.4}) == [1, 4, 16, 64]
+
+
+def test_a_trial_takes_the_runs_own_rates(tmp_path):
+    config = composed(*SMALL, f"paths.outputs={tmp_path}")
+    rates = [composed(f"optimizer.lr={0.001 * (1 + number % 3)}").optimizer for number in range(8)]
+    found = trial.times(config, rates, build_datamodule(config.data, 0), [8], 1e6)
+    assert list(found) == [1, 8]
 
 
 def test_runs_that_were_killed_at_different_places_all_go_on_once(tmp_path):
@@ -336,7 +362,7 @@ def test_a_job_that_cannot_be_prepared_leaves_its_group_to_go_one_by_one(tmp_pat
     from hydra_plugins.gaplab_fused import _plan
 
     (folder,) = saved(tmp_path / "sweeps" / "one", ["data.augment=crop", "data.crop_padding=30"])
-    replicas, said = _plan(str(folder), 8, None, 2)
+    replicas, said = _plan(str(folder), 8 * [composed().optimizer], None, 2)
     assert replicas == 1
     assert "one by one, for there is no trial (data.crop_padding=30: must be below 28" in said
 

@@ -6,7 +6,7 @@ of a run are then its share: those of the shared steps divided by their number, 
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from gaplab.seeding import derive_seed
 from gaplab.training.checkpoint import BEST, LAST, Checkpoints, ChecksumIO, let_last_be_best
 from gaplab.training.classifier import set_rng_state
 from gaplab.training.gap import Epoch, GapCallback
+from gaplab.training.joint import likeness
 from gaplab.training.progress import ProgressBar
 from gaplab.training.reader import read_checkpoint
 from gaplab.training.stack import Stack
@@ -104,10 +105,9 @@ class Replica:
             "epoch": at.epochs - (at.batches == 0),
             "global_step": at.steps,
             "pytorch-lightning_version": lightning.__version__,
-            # of a view, torch would save all that it is a part of
-            "state_dict": {key: value.clone() for key, value in classifier.state_dict().items()},
+            "state_dict": _of_its_own(classifier.state_dict()),
             "callbacks": {one.state_key: one.state_dict() for one in callbacks} | {Checkpoints.__qualname__: seconds},
-            "optimizer_states": [self.optimizer.state_dict()],
+            "optimizer_states": [_of_its_own(self.optimizer.state_dict())],
             "lr_schedulers": [] if self.scheduler is None else [self.scheduler.state_dict()],
             "hparams_name": "hyper_parameters",
             "hyper_parameters": dict(classifier.hparams),
@@ -174,6 +174,13 @@ class Replica:
             yield batch
 
 
+def _of_its_own(state: Any) -> Any:
+    """The same without views, of which torch would save all that they are a part of."""
+    if isinstance(state, Mapping):
+        return {name: _of_its_own(value) for name, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) else state
+
+
 def train(runs: Sequence[Run], leave: Leave) -> None:
     """Train runs of one kind (`fusing.kind`) as one, as many at a time as there are.
 
@@ -221,6 +228,7 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
     else:  # of dropout; the others have the same
         set_rng_state(first.rng)
     active = _without_trained(replicas, leave)
+    active.sort(key=lambda one: likeness(one.optimizer, one.scheduler))  # alike ones cost as one
     if not active:
         return
     config = active[0].run.config
@@ -228,6 +236,7 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
     stack = Stack(
         [one.network for one in active],
         [one.optimizer for one in active],
+        [one.scheduler for one in active],
         [one.run.config.trainer.gradient_clip_val for one in active],
     )
     saved = time.perf_counter()

@@ -5,12 +5,13 @@ import itertools
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaplab import config as configs
 from gaplab import fusing, worker
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule, read_sources, read_together
@@ -30,18 +31,21 @@ COPIES = 3  # of what a run needs at least: vmap moves replicas between axes (1.
 FILES = 4  # that a run holds open
 
 
-def plan(config: Config, count: int, replicas: int | None, processes: int) -> tuple[int, str]:
-    """How many of `count` runs of the kind of `config` to train as one, 0 for none at all, and why, in words.
+def plan(
+    config: Config, optimizers: Sequence[configs.Optimizer], replicas: int | None, processes: int
+) -> tuple[int, str]:
+    """How many of the runs of one kind to train as one, 0 for none at all, and why, in words.
 
     Args:
-        config: of one of them.
-        count: at least 2.
+        config: of the first of them.
+        optimizers: of each, in their order: those that are alike cost less.
         replicas: what was asked for, at most; None for what is fastest.
         processes: that compute at the same time, and have equal parts.
 
     Raises UserError where the runs cannot be prepared.
     """
     worker.set_up(config)
+    count = len(optimizers)
     name = fusing.label(config, count)
     sources = read_sources(config.data, config.allowed_targets, worker.data_cache(config))
     data = build_datamodule(config.data, config.seed, bn=config.model.bn, sources=sources)
@@ -61,7 +65,7 @@ def plan(config: Config, count: int, replicas: int | None, processes: int) -> tu
     possible = sorted({size for size in sizes if 1 < size <= min(fitting, files)})
     if not possible:
         return 1, f"{name}: one by one, for memory holds no two as one"
-    found = times(config, data, possible, config.trainer.max_epochs * count / processes)
+    found = times(config, optimizers, data, possible, config.trainer.max_epochs * count / processes)
     best = min(found, key=lambda number: found[number])
     if len(found) == 1:
         return 1, f"{name}: one by one, too short to find out whether as one they would be faster"
@@ -76,7 +80,9 @@ def _rising(most: int) -> list[int]:
     return [*itertools.takewhile(lambda number: number < most, (4**power for power in itertools.count())), most]
 
 
-def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> dict[int, float]:
+def times(
+    config: Config, optimizers: Sequence[configs.Optimizer], data: DataModule, sizes: list[int], epochs: float
+) -> dict[int, float]:
     """Seconds of one run's optimizer step when 1 and each of `sizes`, rising, are trained as one.
 
     Stops where more only take longer, where a trial would take a good part of the `epochs` that a process is to train,
@@ -85,7 +91,7 @@ def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> 
     device = worker.device_of(config)
     data.to_(device)
     with worker.forward(config), worker.quiet_lightning():
-        found = {1: _seconds(config, data, 1, device)}
+        found = {1: _seconds(config, optimizers[:1], data, device)}
         steps = data.batches_per_epoch * epochs
         if found[1] * steps < SHORT_S:
             return found
@@ -93,7 +99,7 @@ def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> 
             if (2 * WARM_UP + 1) * number > LARGEST_PART * steps:
                 break
             try:
-                found[number] = _seconds(config, data, number, device)
+                found[number] = _seconds(config, optimizers[:number], data, device)
             except Exception:  # vmap cannot take everything, in more ways than one
                 break
             if found[number] > (HOPE if len(found) == 2 else 1.05) * min(found.values()):
@@ -101,12 +107,15 @@ def times(config: Config, data: DataModule, sizes: list[int], epochs: float) -> 
     return found
 
 
-def _seconds(config: Config, data: DataModule, number: int, device: torch.device) -> float:
-    """Of one run's step, the median of some."""
+def _seconds(config: Config, settings: Sequence[configs.Optimizer], data: DataModule, device: torch.device) -> float:
+    """Of one run's step where as many as have their settings take it at once, the median of some."""
+    number, settings = len(settings), sorted(settings, key=repr)  # alike ones beside each other
     network = worker.initial_network(config, data)
     network = network.to(device, torch.float64 if config.trainer.precision == "64-true" else None).train()
     networks = [network, *(copy.deepcopy(network) for _ in range(number - 1))]
-    optimizers = [build_optimizer(network, config.optimizer, config.allowed_targets) for network in networks]
+    optimizers = [
+        build_optimizer(network, one, config.allowed_targets) for network, one in zip(networks, settings, strict=True)
+    ]
     clip = config.trainer.gradient_clip_val
 
     def alone(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ def _seconds(config: Config, data: DataModule, number: int, device: torch.device
 
     step: Step = alone
     if number > 1:
-        step = Stack(networks, optimizers, [clip] * number).step
+        step = Stack(networks, optimizers, clips=[clip] * number).step
     elif config.trainer.compile and make_capturable_(optimizers[0]):
         step = CapturedStep(alone, optimizers)
     taken: list[float] = []

@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import MISSING, DictConfig
 
 if TYPE_CHECKING:
-    from gaplab.config import Config
+    from gaplab.config import Config, Optimizer
 
 FEW = 8  # jobs of a kind: fewer are done before a trial on several cores is
 
@@ -70,7 +70,12 @@ class FusedLauncher(Launcher):
             least = 2 if self._replicas or processes == 1 else FEW
             several = [group for group in groups if len(group) >= least]
             plans = pool(
-                [delayed(_plan)(str(folders[group[0]]), len(group), self._replicas, processes) for group in several]
+                [
+                    delayed(_plan)(
+                        str(folders[group[0]]), [jobs[place].optimizer for place in group], self._replicas, processes
+                    )
+                    for group in several
+                ]
                 + [delayed(_get_ready)() for _ in range(processes - len(several)) if several]
             )
             most = {tuple(group): plan for group, plan in zip(several, plans, strict=False)}
@@ -112,16 +117,16 @@ def _returned(problem: str | None) -> JobReturn:
     return JobReturn(status=JobStatus.FAILED, _return_value=TrainingError(problem))
 
 
-def _plan(folder: str, count: int, replicas: int | None, processes: int) -> tuple[int, str]:
+def _plan(folder: str, optimizers: "Sequence[Optimizer]", replicas: int | None, processes: int) -> tuple[int, str]:
     """As `trial.plan`; one by one where the job in `folder` is at fault, which then says so itself."""
     from gaplab import config as configs
     from gaplab import trial
     from gaplab.errors import TrainingError, UserError
 
     try:
-        return trial.plan(configs.load(Path(folder) / "config.yaml"), count, replicas, processes)
+        return trial.plan(configs.load(Path(folder) / "config.yaml"), optimizers, replicas, processes)
     except (UserError, TrainingError) as error:
-        return 1, f"{count} jobs like {Path(folder).name}: one by one, for there is no trial ({error})"
+        return 1, f"{len(optimizers)} jobs like {Path(folder).name}: one by one, for there is no trial ({error})"
 
 
 def _get_ready() -> None:

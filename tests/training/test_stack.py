@@ -105,7 +105,7 @@ def test_a_captured_step_of_all_gives_the_weights_of_an_eager_one(optimizer):
     for capture in (None, graph):
         networks, config = built("model.bn=true", "model.dropout=0.3", *WORDS[optimizer])
         optimizers = [build_optimizer(network, config.optimizer, ["torch"]) for network in networks]
-        stack = Stack(networks, optimizers, [None, 0.5, 0.5], capture)
+        stack = Stack(networks, optimizers, None, [None, 0.5, 0.5], capture)
         torch.manual_seed(0)
         left = [0, 1, 2]
         for number, (images, labels) in enumerate(batches(20)):
