@@ -3,8 +3,8 @@
     python benchmarks/fused.py [--most 256]
 
 Each sweep is the command as a person types it, from start to end, with checkpoints and journals and without MLflow; its
-seconds are divided by its runs. Those of 16 runs are repeated in turns, and medians taken; the longest leaves out one after
-another. An hour and more on an idle machine. Then the peak memory of a process that trains so many as one, whatever is
+seconds are divided by its runs. Those of 16 runs are repeated in turns, and medians taken; the longest leaves out one
+after another. An hour on an idle machine. Then the peak memory of a process that trains so many as one, whatever is
 faster.
 """
 
