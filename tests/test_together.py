@@ -183,9 +183,13 @@ def test_one_that_stops_early_leaves_the_others_to_go_on(tmp_path):
 
 @pytest.mark.parametrize(("place", "calls"), [("pending", 11), ("check", 5), ("check", 3)])
 def test_runs_that_were_stopped_go_on_to_the_same_numbers(place, calls, tmp_path, monkeypatch):
-    """Stopped within an epoch; while the second, and while the first of them is evaluated."""
-    common = ["optimizer=sgd", *EXACT, "model.bn=true", "model.hidden_dims=[16]"]
-    words = [[*common, f"seed={seed}"] for seed in (0, 1)]
+    """Stopped within an epoch; while the second, and while the first of them is evaluated. What dropout draws depends
+    on their order, and the rates of the two cross on the way."""
+    common = ["optimizer=sgd", *EXACT, "model.bn=true", "model.dropout=0.5", "model.hidden_dims=[16]"]
+    words = [
+        [*common, "seed=0", "optimizer.lr=0.1", "scheduler=cosine"],
+        [*common, "seed=1", "optimizer.lr=0.09"],
+    ]
     expected, _ = together(tmp_path / "sweeps" / "undisturbed", *words)
     folders = saved(tmp_path / "sweeps" / "stopped", *words)
     left = iter(range(calls))

@@ -662,7 +662,7 @@ def to_yaml(config: Config) -> str:
     return f"{defaults}\n\n{masked(OmegaConf.to_yaml(OmegaConf.structured(config)))}"
 
 
-SEED = re.compile(r"^seed: (\d{1,20})$", re.MULTILINE)
+SEED = re.compile(r"^seed: (0|[1-9][0-9]{0,19})$", re.MULTILINE)
 MOST_KNOWN = 256
 _known: dict[str, Config] = {}
 

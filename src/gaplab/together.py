@@ -22,7 +22,6 @@ from gaplab.seeding import derive_seed
 from gaplab.training.checkpoint import BEST, LAST, Checkpoints, ChecksumIO, let_last_be_best
 from gaplab.training.classifier import set_rng_state
 from gaplab.training.gap import Epoch, GapCallback
-from gaplab.training.joint import likeness
 from gaplab.training.progress import ProgressBar
 from gaplab.training.reader import read_checkpoint
 from gaplab.training.stack import Stack
@@ -68,6 +67,12 @@ class Replica:
     def position(self) -> tuple[int, int]:
         """Finished epochs, and mini-batches of the current one."""
         return self.classifier.at.epochs, self.classifier.at.batches
+
+    def order(self) -> str:
+        """Among those trained as one: those whose optimizers are alike beside each other, which then cost as one. The
+        same when they are gone on with, for dropout draws by places."""
+        config = self.run.config
+        return repr((config.optimizer, config.scheduler, config.trainer.max_epochs))
 
     @property
     def is_trained(self) -> bool:
@@ -228,7 +233,7 @@ def _fit(replicas: list[Replica], leave: Leave) -> None:
     else:  # of dropout; the others have the same
         set_rng_state(first.rng)
     active = _without_trained(replicas, leave)
-    active.sort(key=lambda one: likeness(one.optimizer, one.scheduler))  # alike ones cost as one
+    active.sort(key=Replica.order)
     if not active:
         return
     config = active[0].run.config

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import resource
 import statistics
 import time
@@ -16,6 +17,7 @@ from gaplab import fusing, worker
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, build_datamodule, read_sources, read_together
 from gaplab.machine import memory
+from gaplab.training import captured
 from gaplab.training.captured import CapturedStep, Step
 from gaplab.training.optim import build_optimizer, make_capturable_, update_
 from gaplab.training.stack import Stack
@@ -67,6 +69,8 @@ def plan(
         return 1, f"{name}: one by one, for memory holds no two as one"
     found = times(config, optimizers, data, possible, config.trainer.max_epochs * count / processes)
     best = min(found, key=lambda number: found[number])
+    if found[max(found)] == math.inf and len(found) == 2:
+        return 1, f"{name}: one by one, for {max(found)} as one cannot be computed here"
     if len(found) == 1:
         return 1, f"{name}: one by one, too short to find out whether as one they would be faster"
     if found[best] > WORTH * found[1]:
@@ -101,6 +105,7 @@ def times(
             try:
                 found[number] = _seconds(config, optimizers[:number], data, device)
             except Exception:  # vmap cannot take everything, in more ways than one
+                found[number] = math.inf
                 break
             if found[number] > (HOPE if len(found) == 2 else 1.05) * min(found.values()):
                 break
@@ -128,8 +133,10 @@ def _seconds(config: Config, settings: Sequence[configs.Optimizer], data: DataMo
     step: Step = alone
     if number > 1:
         step = Stack(networks, optimizers, clips=[clip] * number).step
-    elif config.trainer.compile and make_capturable_(optimizers[0]):
+    elif config.trainer.compile:
+        make_capturable_(optimizers[0])
         step = CapturedStep(alone, optimizers)
+    warm_up = WARM_UP if device.type == "cpu" else captured.WARM_UP + 1  # and the capture
     taken: list[float] = []
     for images, labels in itertools.islice(_endless([data] * number), STEPS):
         start = time.perf_counter()
@@ -137,9 +144,9 @@ def _seconds(config: Config, settings: Sequence[configs.Optimizer], data: DataMo
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-        if sum(taken) > SECONDS and len(taken) > 2 * WARM_UP:
+        if sum(taken) > SECONDS and len(taken) > 2 * warm_up:
             break
-    return statistics.median(taken[WARM_UP:]) / number
+    return statistics.median(taken[warm_up:]) / number
 
 
 def _endless(runs: list[DataModule]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -112,6 +112,12 @@ def test_a_joint_optimizer_is_the_own_one_where_elements_are_not_independent():
     assert joint.optimizer is optimizer
 
 
+def test_a_network_that_is_not_clipped_keeps_gradients_whose_norm_is_infinite():
+    gradients = [torch.full((2, 3), 1e30)]
+    clip_(gradients, torch.tensor([float("inf"), 1.0]))
+    assert torch.equal(gradients[0][0], torch.full((3,), 1e30))
+
+
 def test_gradients_are_clipped_for_each_as_torch_clips_them():
     gradients = [torch.randn(R, *shape, dtype=torch.float64) for shape in ((3, 4), (5,), ())]
     largest = torch.tensor([0.5, float("inf"), 100, 2], dtype=torch.float64)

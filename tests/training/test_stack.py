@@ -9,7 +9,7 @@ from conftest import composed
 
 from gaplab.nn.build import build_network
 from gaplab.training.captured import WARM_UP
-from gaplab.training.optim import build_optimizer
+from gaplab.training.optim import build_optimizer, make_capturable_
 from gaplab.training.stack import Dropout, Stack
 
 R, B, STEPS = 3, 16, 200
@@ -130,6 +130,22 @@ def test_one_whose_optimizer_no_graph_can_hold_keeps_the_step_out_of_one():
     stack = Stack(networks[:2], optimizers, capture=refused)
     for images, labels in batches(WARM_UP + 2):
         stack.step(images[:2], labels[:2])
+
+
+def test_a_refused_capture_leaves_the_other_optimizers_as_they_were():
+    networks, _ = built()
+    optimizers = [torch.optim.NAdam(networks[0].parameters()), torch.optim.Adagrad(networks[1].parameters())]
+    Stack(networks[:2], optimizers, capture=lambda work: work)
+    assert optimizers[0].param_groups[0]["capturable"] is False
+
+
+def test_what_is_counted_in_python_moves_to_the_device():
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.NAdam([parameter])
+    optimizer.state[parameter] = {"step": torch.ones(()), "mu_product": torch.ones(()), "exp_avg": torch.zeros(3)}
+    make_capturable_(optimizer)
+    kept = optimizer.state[parameter]
+    assert (kept["step"].device.type, kept["mu_product"].device.type) == ("meta", "meta")
 
 
 def test_one_that_diverges_does_not_touch_the_others_and_can_be_left_out():

@@ -22,7 +22,7 @@ from gaplab import config
 from gaplab.errors import DivergenceError, UserError
 from gaplab.ranks import ALONE, Ranks
 from gaplab.training.captured import CapturedStep
-from gaplab.training.optim import align_, build_optimizer, build_scheduler, make_capturable_, update_
+from gaplab.training.optim import align_, build_optimizer, build_scheduler, can_be_captured, make_capturable_, update_
 
 Batch = tuple[Tensor, Tensor]
 
@@ -115,10 +115,12 @@ class Classifier(LightningModule):
     def build(self, max_epochs: int) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
         """Optimizer and schedule of a training of `max_epochs`."""
         optimizer = build_optimizer(self.network, self._optimizer, self._allowed_targets)
-        if self._compile and not make_capturable_(optimizer):
-            raise UserError(
-                f"trainer.compile=true: {self._optimizer._target_} is not made for CUDA graphs (no `capturable`)"
-            )
+        if self._compile:
+            if not can_be_captured(optimizer):
+                raise UserError(
+                    f"trainer.compile=true: {self._optimizer._target_} is not made for CUDA graphs (no `capturable`)"
+                )
+            make_capturable_(optimizer)
         total = self.steps_per_epoch * max_epochs
         return optimizer, build_scheduler(optimizer, self._scheduler, self._optimizer.lr, total, self.steps_per_epoch)
 

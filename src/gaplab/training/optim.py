@@ -49,18 +49,21 @@ def align_(optimizer: Optimizer) -> None:
                 kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
-def make_capturable_(optimizer: Optimizer) -> bool:
-    """Have its step be such that a CUDA graph may hold it; False where that cannot be."""
+def can_be_captured(optimizer: Optimizer) -> bool:
+    """Whether a CUDA graph may hold its step, once it is made for that."""
+    return isinstance(optimizer, SGD) or all("capturable" in group for group in optimizer.param_groups)
+
+
+def make_capturable_(optimizer: Optimizer) -> None:
+    """Have a CUDA graph be able to hold the step of one that `can_be_captured`."""
     groups: list[dict[str, Any]] = optimizer.param_groups
-    if not isinstance(optimizer, SGD):  # which counts no steps
-        if not all("capturable" in group for group in groups):
-            return False
-        for group in groups:
+    for group in groups:
+        if "capturable" in group:  # SGD counts no steps
             group["capturable"] = True
-        for parameter, kept in optimizer.state.items():
-            if "step" in kept:
-                kept["step"] = torch.as_tensor(kept["step"], dtype=torch.float32, device=parameter.device)
-    return True
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.ndim == 0:  # a count, which Python may have kept
+                kept[name] = value.to(parameter.device)
 
 
 def update_(network: nn.Module, optimizer: Optimizer, clip: float | None) -> None:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gaplab.training.captured import CapturedStep, Step, cuda_graph
 from gaplab.training.joint import Joint, likeness
-from gaplab.training.optim import make_capturable_
+from gaplab.training.optim import can_be_captured, make_capturable_
 
 
 class Stack:
@@ -37,7 +37,8 @@ class Stack:
         optimizers: each network's own. Neighbours that are alike (`likeness`) cost as one.
         schedulers: of their rates, or None; stepped by the caller.
         clips: the largest L2 norm of each one's gradient, or None.
-        capture: as of `CapturedStep`; None for `cuda_graph` on a GPU, and for no graph elsewhere.
+        capture: as of `CapturedStep`; None for `cuda_graph` on a GPU, and for no graph elsewhere and in
+            float64.
 
     References:
         PyTorch documentation, "Model ensembling" (`torch.func`).
@@ -61,8 +62,10 @@ class Stack:
             if isinstance(module, _BatchNorm):
                 module.num_batches_tracked = None  # counted in `_eager`: vmap cannot
         self._forward = vmap(self._call, in_dims=(0, 0, 0), randomness="different")
-        self._device = next(networks[0].parameters()).device
-        self._capture = capture or (cuda_graph if self._device.type == "cuda" else None)
+        like = next(networks[0].parameters())
+        self._device = like.device
+        # a graph's rates are float32, which float64 would show
+        self._capture = capture or (cuda_graph if like.is_cuda and like.dtype != torch.float64 else None)
         none = [None] * len(networks)
         self._all = list(zip(networks, optimizers, schedulers or none, clips or none, strict=True))
         self._joints: list[tuple[slice, Joint]] = []
@@ -97,7 +100,9 @@ class Stack:
         self._joints = list(self._joined())
         self._whole: Step = self._eager
         optimizers = [joint.optimizer for _, joint in self._joints]
-        if self._capture and all(make_capturable_(optimizer) for optimizer in optimizers):
+        if self._capture and all(can_be_captured(optimizer) for optimizer in optimizers):
+            for optimizer in optimizers:
+                make_capturable_(optimizer)
             self._whole = CapturedStep(self._eager, optimizers, self._capture)
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +153,7 @@ def clip_(gradients: Iterable[Tensor], largest: Tensor) -> None:
     each = [gradient.view(len(gradient), -1) for gradient in gradients]
     norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in each])
     shrunk = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)
+    shrunk = torch.where(largest.isinf(), 1, shrunk)  # where even the norm is infinite
     for gradient in each:
         gradient.mul_(shrunk.unsqueeze(1))
 
