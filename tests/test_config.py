@@ -122,6 +122,12 @@ def test_a_saved_config_is_read_back_as_it_was(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(configs.to_yaml(config))
     assert configs.load(path) == config
+    text = path.read_text()
+    path.write_text(text.replace("\nseed: 3\n", "\nseed: 4\n"))  # a replicate
+    assert configs.load(path) == replace(config, seed=4)
+    path.write_text(text.replace("\nseed: 3\n", "\nseed: 99999999999999999999\n"))
+    with pytest.raises(UserError, match="seed=99999999999999999999"):
+        configs.load(path)
     path.write_text("foo: 1")
     with pytest.raises(UserError, match="not a config that gaplab wrote"):
         configs.load(path)

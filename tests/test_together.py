@@ -335,6 +335,10 @@ def test_a_trial_stops_where_more_as_one_only_take_longer(monkeypatch, tmp_path)
         return list(trial.times(config, 64 * [config.optimizer], data, [4, 16, 64], 1e6))
 
     assert tried({1: 1.0, 4: 1.4}) == [1, 4]
+    assert tried({1: 1.0}) == [1, 4]  # what raises ends the trial, and is told
+    monkeypatch.setattr(trial, "SHORT_S", 0)
+    monkeypatch.setattr(trial, "LARGEST_PART", 1e9)
+    assert plan(config, 8, None, 2) == (1, "8 runs of mlp: one by one, for 4 as one cannot be computed here")
     assert tried({1: 1.0, 4: 1.2, 16: 1.1}) == [1, 4, 16]
     assert tried({1: 1.0, 4: 0.9, 16: 0.5, 64: 0.4}) == [1, 4, 16, 64]
 

@@ -90,7 +90,8 @@ def times(
     """Seconds of one run's optimizer step when 1 and each of `sizes`, rising, are trained as one.
 
     Stops where more only take longer, where a trial would take a good part of the `epochs` that a process is to train,
-    and at a number that cannot be trained as one. Where those are short, 1 is all that is tried.
+    and at a number that cannot be trained as one, which takes infinitely long. Where those are short, 1 is all that is
+    tried.
     """
     device = worker.device_of(config)
     data.to_(device)
