@@ -7,13 +7,14 @@ READY_CLUSTER := .venv-cluster/.ready
 READY_UI := .venv/.ready-ui
 PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
+TESTS := -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster --ignore=tests/ui
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 # in .venv it may be written: every process would compile torch and MLflow anew, for up to 15 s
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-faults test-cluster test-ui check format ui serve bench clean
+.PHONY: help setup train sweep report sync test test-full test-faults test-cluster test-ui check format ui serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,9 +43,11 @@ report: $(READY) ## tables, figures and verdicts of the newest sweep
 sync: $(READY) ## send to MLflow what it does not have yet
 	@$(BIN)/python src/sync.py
 
-test: $(READY) ## run the tests on two cores, all but test-faults, test-cluster and test-ui
-	@$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster \
-		--ignore=tests/ui
+test: $(READY) ## run the tests on two cores, without the slow ones
+	@$(BIN)/python -m pytest $(TESTS) -m "not full"
+
+test-full: $(READY) ## the same, and the slow ones; run it before a release
+	@$(BIN)/python -m pytest $(TESTS)
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults
