@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import os
 
 import numpy as np
@@ -181,3 +182,16 @@ def test_more_workers_than_cores_are_not_started(monkeypatch):
     monkeypatch.setattr(pictures, "usable_cores", lambda: 1)
     loader = pictures._loader(pictures.PictureFiles([], 8, 3), [[0], [1], [2]], workers=256)
     assert loader.num_workers == 1
+
+
+def test_pictures_are_decoded_by_worker_processes_inside_a_worker_process_of_joblib(picture_folder):
+    import joblib.externals.loky.backend.context  # noqa: F401 (registers the start method)
+
+    files = find_pictures(picture_folder).files[:2]
+    multiprocessing.set_start_method("loky", force=True)  # as in every process of `hydra/launcher=joblib` and `fused`
+    try:
+        batches = list(pictures._loader(pictures.PictureFiles(files, 16, 3), [[0], [1]], workers=1))
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+    assert [reasons for _, reasons in batches] == [("",), ("",)]
+    assert torch.equal(torch.cat([images for images, _ in batches])[1], decode(files[1], 16, 3))

@@ -1,6 +1,7 @@
 """A folder of pictures, one sub-folder a class: found, decoded alike, kept in memory or streamed from disk."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import warnings
@@ -202,8 +203,15 @@ class Streamed:
 def _loader(pictures: PictureFiles, batches: list[list[int]], workers: int) -> DataLoader[tuple[Tensor, str]]:
     generator = torch.Generator().manual_seed(0)  # the loader would otherwise draw from the run's own stream
     workers = min(workers, len(batches), usable_cores())  # more would wait for each other
+    # joblib's worker processes replace the start method by one of their own, which only starts processes of joblib's
+    start_method = multiprocessing.get_all_start_methods()[0] if workers else None
     return DataLoader(
-        pictures, batch_sampler=batches, num_workers=workers, generator=generator, worker_init_fn=_ignore_signals
+        pictures,
+        batch_sampler=batches,
+        num_workers=workers,
+        generator=generator,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context=start_method,
     )
 
 
