@@ -55,7 +55,7 @@ def test_1_2_and_4_devices_take_the_same_steps(on_each):
 
 
 def test_every_sample_is_counted_exactly_once(on_each):
-    names = ("train_acc", "valid_acc", "test_acc", "train_acc_running", "gap_acc")
+    names = ("train_acc", "valid_acc", "test_acc", "train_acc_running", "gap_acc", "train_acc_clean", "gap_acc_clean")
     alone = on_each[1][0]
     assert alone["train_acc"] * 1007 == pytest.approx(round(alone["train_acc"] * 1007), abs=1e-9)
     for size in (2, 4):

@@ -20,7 +20,19 @@ SMALL = ["tracking=none", "figures=false", "data.train_size=400", "data.valid_si
 SMALL += ["trainer.max_epochs=2", "trainer.threads=1", "trainer.accelerator=cpu"]
 EXACT = ["trainer.precision=64-true"]
 FLOATS = ("train_loss", "valid_loss", "test_loss")
-COUNTS = ("train_acc", "valid_acc", "test_acc", "gap_acc", "train_acc_running", "epochs", "steps", "params", "status")
+COUNTS = (
+    "train_acc",
+    "train_acc_clean",
+    "gap_acc_clean",
+    "valid_acc",
+    "test_acc",
+    "gap_acc",
+    "train_acc_running",
+    "epochs",
+    "steps",
+    "params",
+    "status",
+)
 
 
 def saved(folder: Path, *jobs: list[str]) -> list[Path]:

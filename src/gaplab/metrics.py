@@ -4,6 +4,8 @@ The formulas stand here, a few lines, because the library that has them takes se
 tests hold them against it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -11,11 +13,15 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Score:
-    """How a split was classified: `correct` of `total` samples, and the mean cross-entropy `loss` in nats."""
+    """How a split was classified: `correct` of `total` samples, and the mean cross-entropy `loss` in nats.
+
+    `clean` scores the same samples against their labels without label noise, where they have any.
+    """
 
     correct: int
     total: int
     loss: float
+    clean: Score | None = None
 
     @property
     def acc(self) -> float:

@@ -46,6 +46,11 @@ class RunResult:
     train_loss: float | None = None
     valid_loss: float | None = None
     train_acc_running: float | None = None
+    train_acc_clean: float | None = None  # under label noise: against the labels without it
+    gap_acc_clean: float | None = None
+    gap_acc_clean_low: float | None = None
+    gap_acc_clean_high: float | None = None
+    train_loss_clean: float | None = None
     best: dict[str, float] | None = None
     test_acc: float | None = None
     test_loss: float | None = None
@@ -88,7 +93,9 @@ PHASES = {
 RESULT_NAMES = {
     "train_acc": "train/acc", "valid_acc": "valid/acc", "gap_acc": "gap/acc", "gap_acc_low": "gap/acc_low",
     "gap_acc_high": "gap/acc_high", "train_loss": "train/loss", "valid_loss": "valid/loss",
-    "train_acc_running": "train/acc_running",
+    "train_acc_running": "train/acc_running", "train_acc_clean": "train/acc_clean", "gap_acc_clean": "gap/acc_clean",
+    "gap_acc_clean_low": "gap/acc_clean_low", "gap_acc_clean_high": "gap/acc_clean_high",
+    "train_loss_clean": "train/loss_clean",
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class Replica:
         self.optimizer, self.scheduler = self.classifier.build(config.trainer.max_epochs)
         self.stopping = worker.early_stopping(config)
         self.measured = GapCallback(
-            self._batches, len(self.data.classes), self._tell, train_every=config.metrics.train_every, clock=self._clock
+            self._batches, self._tell, train_every=config.metrics.train_every, clock=self._clock
         )
         self._progress = ProgressBar(run.console)
         self._spent_s = self._earlier_s = self._save_s = 0.0
@@ -173,8 +173,8 @@ class Replica:
         self.run.tracker.metrics(epoch.metrics(), epoch.number)
         self._progress.show(epoch, self.run.config.trainer.max_epochs)
 
-    def _batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.data.batches(split):
+    def _batches(self, split: str) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self.data.labelled(split):
             interrupt.check()
             yield batch
 

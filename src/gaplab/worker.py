@@ -40,7 +40,7 @@ from gaplab.run import Run
 from gaplab.seeding import derive_seed
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint
-from gaplab.training.classifier import Batch, Classifier
+from gaplab.training.classifier import Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict, score
 from gaplab.training.progress import ProgressBar
 from gaplab.training.reader import read_checkpoint
@@ -92,10 +92,10 @@ def _train(run: Run, ranks: Ranks) -> None:
         tracker.metrics(epoch.metrics(), epoch.number)
         progress.show(epoch, config.trainer.max_epochs)
 
-    def batches(split: str) -> Iterator[Batch]:
-        return checkpoints.paused(data.batches(split, shared=True))
+    def batches(split: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        return checkpoints.paused(data.labelled(split, shared=True))
 
-    measured = GapCallback(batches, len(data.classes), on_epoch, ranks, config.metrics.train_every)
+    measured = GapCallback(batches, on_epoch, ranks, config.metrics.train_every)
     checkpoints = Checkpoints(
         run.folder / "checkpoints", config.checkpoint.every_s, lambda: measured.best is measured.history[-1], ranks
     )
@@ -216,7 +216,7 @@ def conclude(
     def complete(epoch: Epoch) -> None:
         if epoch.train is None:
             with forward(), result.timed("evaluation"):
-                found = score(network, data.batches("train"), len(data.classes), device)
+                found = score(network, data.labelled("train"), device)
             tracker.metrics(measured.complete(epoch, found).train_metrics(), epoch.number)
 
     complete(measured.history[-1])

@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 import torch
 from conftest import composed
@@ -5,10 +7,10 @@ from networks import build
 from torch import nn
 
 from gaplab.errors import UserError
-from gaplab.metrics import gap
+from gaplab.metrics import Score, gap
 from gaplab.result import RunResult
 from gaplab.tracking.journal import read_journal
-from gaplab.training.gap import predict, score
+from gaplab.training.gap import Epoch, GapCallback, predict, score
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ def random_batches(seed: int, count: int = 700, classes: int = 10):
 
 def test_score_is_an_independent_count_over_every_sample():
     network, batches = build("mlp", bn=True, dropout=0.5).train(), random_batches(0)
-    found = score(network, batches, 10, CPU)
+    found = score(network, batches, CPU)
     assert network.training
     network.eval()
     logits = torch.cat([network(images) for images, _ in batches]).detach().double()
@@ -37,27 +39,49 @@ def test_score_weighs_samples_not_batches_or_classes():
             return torch.eye(3)[torch.zeros(len(images), dtype=torch.int64)]
 
     batches = [(torch.zeros(5, 1), torch.tensor([0, 0, 0, 0, 1])), (torch.zeros(1, 1), torch.tensor([2]))]
-    assert score(First(), batches, 3, CPU).acc == 4 / 6
+    assert score(First(), batches, CPU).acc == 4 / 6
+
+
+def test_under_label_noise_the_train_split_is_counted_against_both_labels_and_both_gaps_are_reported():
+    class Truth(nn.Module):
+        def forward(self, images):
+            return 9 * nn.functional.one_hot(images[:, 0], 4).float()
+
+    clean = torch.arange(100) % 4
+    noisy = torch.where(torch.arange(100) < 30, (clean + 1) % 4, clean)
+    parts = list(zip(clean[:, None].split(32), noisy.split(32), clean.split(32), strict=True))
+    train, valid = score(Truth(), parts, CPU), score(Truth(), [(clean[:50, None], clean[:50])], CPU)
+    assert (train.correct, train.total, train.clean.correct, train.clean.total) == (70, 100, 100, 100)
+    epoch = Epoch(1, train, valid, 0.7, 0.001, 1.0, 0.1, 400.0)
+    found, expected = epoch.metrics(), gap(Score(100, 100, 0.0), valid)
+    assert (found["train/acc"], found["train/acc_clean"]) == (0.7, 1.0)
+    assert (found["gap/acc"], found["gap/acc_clean"]) == (pytest.approx(-0.3), 0.0)
+    assert (found["gap/acc_clean_low"], found["gap/acc_clean_high"]) == (expected.low, expected.high)
+    assert (found["train/loss_clean"], found["gap/loss_clean"]) == pytest.approx((valid.loss, 0.0), abs=1e-6)
+    callback = GapCallback(lambda split: [], lambda epoch: None)
+    callback.load_state_dict({"history": [asdict(epoch)], "elapsed": (0.0, 0.0)})
+    assert callback.history == [epoch]
+    assert not any("clean" in name for name in Epoch(1, valid, valid, 0.7, 0.001, 1.0, 0.1, 400.0).metrics())
 
 
 def test_evaluation_moves_no_running_statistic():
     network, batches = build("cnn", bn=True).train(), random_batches(0, 100)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    score(network, batches, 10, CPU)
+    score(network, batches, CPU)
     predict(network, batches)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
 def test_identical_data_in_both_splits_give_a_gap_of_exactly_zero():
     network, batches = build("cnn", bn=True), random_batches(0, 200)
-    train, valid = score(network, batches, 10, CPU), score(network, batches, 10, CPU)
+    train, valid = score(network, batches, CPU), score(network, batches, CPU)
     assert gap(train, valid).acc == 0.0
     assert train.loss - valid.loss == 0.0
 
 
 def test_a_model_that_answers_at_random_has_an_interval_over_zero():
     network = build("mlp")
-    found = gap(score(network, random_batches(3), 10, CPU), score(network, random_batches(4), 10, CPU))
+    found = gap(score(network, random_batches(3), CPU), score(network, random_batches(4), CPU))
     assert found.low < 0 < found.high
 
 

@@ -112,17 +112,26 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> ChunkLoader:
         return self._loader
 
-    def batches(self, name: str, shared: bool = False) -> Iterator[Batch]:
-        """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,).
+    def batches(self, name: str) -> Iterator[Batch]:
+        """Every sample of a split once, in order, unaugmented: images uint8 (B, C, H, W), labels int64 (B,)."""
+        part = self.splits[name]
+        yield from _read(part, list(part.indices.split(self._data.eval_batch_size)))
+
+    def labelled(self, name: str, shared: bool = False) -> Iterator[tuple[Tensor, ...]]:
+        """As `batches`; under label noise, those of the train split end with the labels without noise, int64 (B,).
 
         `shared` among the processes that train together, each gets its part of them, in as many batches.
         """
-        indices, size = self.splits[name].indices, self._data.eval_batch_size
-        parts = list(indices.split(size))
+        part, size = self.splits[name], self._data.eval_batch_size
+        parts = list(part.indices.split(size))
         if shared and self._ranks.size > 1:
-            largest = -(-len(indices) // self._ranks.size)
-            parts = list(self._ranks.share(indices).tensor_split(-(-largest // size)))
-        yield from _read(self.splits[name], parts)
+            largest = -(-len(part.indices) // self._ranks.size)
+            parts = list(self._ranks.share(part.indices).tensor_split(-(-largest // size)))
+        for indices, (images, labels) in zip(parts, _read(part, parts), strict=True):
+            if name == "train" and self._data.label_noise:
+                yield images, labels, part.source.labels.index_select(0, indices).to(labels.device)
+            else:
+                yield images, labels
 
     def sample(self, name: str, count: int) -> Tensor:
         """The same `count` images of a split every time, or all if they are fewer: uint8 (B, C, H, W)."""

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from gaplab.errors import DivergenceError
 from gaplab.metrics import Score, gap
@@ -20,22 +19,27 @@ from gaplab.training.classifier import Batch, Classifier
 
 @torch.inference_mode()
 def score(
-    network: nn.Module, batches: Iterable[Batch], num_classes: int, device: torch.device, ranks: Ranks = ALONE
+    network: nn.Module, batches: Iterable[tuple[Tensor, ...]], device: torch.device, ranks: Ranks = ALONE
 ) -> Score:
-    """Accuracy and mean loss over every sample of `batches`, of all `ranks` together, in eval mode, as one sum."""
+    """Accuracy and mean loss over every sample of `batches`, of all `ranks` together, in eval mode, as one sum.
+
+    `batches` are images, labels and, under label noise, the labels without it, as `DataModule.labelled` yields them.
+    """
     training = network.training
     network.eval()
-    accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(device)
-    loss = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    for images, labels in batches:
+    total, labellings = 0, 1
+    correct = torch.zeros(2, dtype=torch.int64, device=device)  # by labelling
+    loss = torch.zeros(2, dtype=torch.float64, device=device)
+    for images, *labels in batches:
+        total, labellings = total + len(images), len(labels)
         logits = network(images)  # (B, K)
-        accuracy.update(logits, labels)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum").to(loss.device)
+        for number, one in enumerate(labels):
+            correct[number] += (logits.argmax(1) == one).sum()
+            loss[number] += F.cross_entropy(logits.float(), one, reduction="sum")
     network.train(training)
-    correct = int(torch.as_tensor(accuracy.tp))
-    total = correct + int(torch.as_tensor(accuracy.fn))
-    all_correct, all_samples, all_loss = ranks.total(correct, total, float(loss))
-    return Score(int(all_correct), int(all_samples), all_loss / all_samples)
+    samples, *counts = ranks.total(total, *correct.tolist(), *loss.tolist())
+    scores = [Score(int(counts[number]), int(samples), counts[2 + number] / samples) for number in range(labellings)]
+    return replace(scores[0], clean=scores[1]) if labellings > 1 else scores[0]
 
 
 @torch.inference_mode()
@@ -74,18 +78,22 @@ class Epoch:
         }
 
     def train_metrics(self) -> dict[str, float]:
-        """What needs the train split's evaluation; empty without one."""
-        if self.train is None:
-            return {}
-        found = gap(self.train, self.valid)
-        return {
-            "train/acc": self.train.acc,
-            "gap/acc": found.acc,
-            "gap/acc_low": found.low,
-            "gap/acc_high": found.high,
-            "train/loss": self.train.loss,
-            "gap/loss": self.valid.loss - self.train.loss,
-        }
+        """What needs the train split's evaluation; empty without one. Under label noise, those named `clean` count the
+        train split against its labels without noise, and the others against the labels that are trained on."""
+        metrics: dict[str, float] = {}
+        for train, suffix in ((self.train, ""), (self.train and self.train.clean, "_clean")):
+            if train is None:
+                continue
+            found = gap(train, self.valid)
+            metrics |= {
+                f"train/acc{suffix}": train.acc,
+                f"gap/acc{suffix}": found.acc,
+                f"gap/acc{suffix}_low": found.low,
+                f"gap/acc{suffix}_high": found.high,
+                f"train/loss{suffix}": train.loss,
+                f"gap/loss{suffix}": self.valid.loss - train.loss,
+            }
+        return metrics
 
 
 class GapCallback(Callback):
@@ -93,8 +101,7 @@ class GapCallback(Callback):
     them. Raises DivergenceError, before any checkpoint, when the loss is not finite.
 
     Args:
-        batches: every sample of a named split, once.
-        num_classes: K.
+        batches: every sample of a named split, once, as `score` takes them.
         on_epoch: called with each finished epoch.
         ranks: the processes that train together; `batches` gives this one's part.
         train_every: epochs from one evaluation of the train split to the next. One that stops early may end without;
@@ -108,8 +115,7 @@ class GapCallback(Callback):
 
     def __init__(
         self,
-        batches: Callable[[str], Iterable[Batch]],
-        num_classes: int,
+        batches: Callable[[str], Iterable[tuple[Tensor, ...]]],
         on_epoch: Callable[[Epoch], None],
         ranks: Ranks = ALONE,
         train_every: int = 1,
@@ -119,7 +125,6 @@ class GapCallback(Callback):
         self.eval_s = 0.0
         self._elapsed = 0.0, 0.0  # of an epoch that a checkpoint divides: seconds, and those of training
         self._batches = batches
-        self._num_classes = num_classes
         self._on_epoch = on_epoch
         self._ranks = ranks
         self._train_every = train_every
@@ -148,7 +153,7 @@ class GapCallback(Callback):
         classifier.average_statistics_()
         number = classifier.at.epochs + 1
         found = {
-            split: score(classifier.network, self._batches(split), self._num_classes, classifier.device, self._ranks)
+            split: score(classifier.network, self._batches(split), classifier.device, self._ranks)
             for split in ("train", "valid")
             if split == "valid" or number % self._train_every == 0 or number == max_epochs
         }
@@ -191,7 +196,7 @@ class GapCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [
-            Epoch(**epoch | {split: Score(**epoch[split]) for split in ("train", "valid") if epoch[split]})
+            Epoch(**epoch | {split: _score(epoch[split]) for split in ("train", "valid")})
             for epoch in state_dict["history"]
         ]
         self._elapsed = state_dict["elapsed"]
@@ -200,3 +205,8 @@ class GapCallback(Callback):
     def best(self) -> Epoch:
         """The epoch of the highest valid/acc, the earliest on a tie."""
         return max(self.history, key=lambda epoch: (epoch.valid.acc, -epoch.number))
+
+
+def _score(values: dict[str, Any] | None) -> Score | None:
+    """A score as `asdict` kept it in a checkpoint."""
+    return None if values is None else Score(**values | {"clean": _score(values.get("clean"))})
