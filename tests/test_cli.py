@@ -23,6 +23,7 @@ BAD = {
     "trainer=ddp data.batch_size=2 model.bn=true": "data.batch_size=2: BatchNorm needs 2 samples on each of 2 devices",
     "trainer=ddp trainer.accelerator=cpu trainer.sync_batchnorm=true": "trainer.sync_batchnorm=true: needs GPUs; on ",
     "trainer.sync_batchnorm=maybe": "trainer.sync_batchnorm=maybe: must be auto, true or false",
+    "trainer.sync_batchnorm=1": "trainer.sync_batchnorm=1: must be auto, true or false",
     "trainer.node_rank=1": "trainer.node_rank=1: must be below trainer.num_nodes=1; the first machine is 0",
     "trainer.num_nodes=2": "trainer.rdzv_endpoint=null: with trainer.num_nodes=2 it must be host:port of ",
     "trainer.num_nodes=2 trainer.rdzv_endpoint=head:port": "trainer.rdzv_endpoint=head:port: ",

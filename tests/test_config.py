@@ -76,6 +76,26 @@ def test_valid_size_is_a_count_or_a_fraction(value, available, expected):
     assert configs.sizes(data, available) == expected
 
 
+@pytest.mark.parametrize(
+    ("typed", "kept", "trained"),
+    [("0.01", 0.01, 600), ("0.1", 0.1, 6000), ("1.0", None, 55000), ("null", None, 55000), ("1", 1, 1),
+     ("500", 500, 500), ("500.0", 500, 500), ("5e2", 500, 500)],
+)  # fmt: skip
+def test_a_train_size_has_one_form_and_1_0_means_all(typed: str, kept: float | None, trained: int):
+    config = composed(f"data.train_size={typed}")
+    assert (config.data.train_size, type(config.data.train_size)) == (kept, type(kept))
+    assert configs.sizes(config.data, 60000) == (trained, 5000)
+    assert configs.config_hash(config) == configs.config_hash(composed(f"data.train_size={kept or 'null'}"))
+
+
+@pytest.mark.parametrize(
+    "word", ["data.valid_size=1.0", "data.valid_size=1.5", "data.train_size=1.5", "data.train_size=1e-12"]
+)
+def test_a_size_that_is_neither_a_count_nor_a_fraction_is_refused_before_any_data_are_read(word: str):
+    with pytest.raises(UserError, match=word.partition("=")[0]):
+        composed("data=image_folder", "data.root=here", word)
+
+
 @pytest.mark.parametrize("value", [1.5, 60000, 70000, 0.000001])
 def test_impossible_valid_size_is_refused(value):
     with pytest.raises(UserError, match="valid_size"):

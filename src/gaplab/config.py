@@ -137,12 +137,13 @@ class Data:
     eval_batch_size: int = key(512, "Samples per batch of the honest evaluation; no effect on accuracy.", POSITIVE)
     valid_size: int | float = key(
         0.1,
-        "Validation samples held out of the official training part: a count, or a fraction below 1.",
+        "Validation samples held out of the official training part: a count, as an integer, or a fraction below 1.",
         COUNT_OR_FRACTION,
     )
     train_size: int | float | None = key(
         None,
-        "Training samples to keep, the smaller inside the larger: a count, a fraction below 1, or null for all.",
+        "Training samples to keep, the smaller inside the larger: a count, as an integer; a fraction below 1 of the "
+        "official training part; or null or 1.0 for all that validation leaves.",
         COUNT_OR_FRACTION,
     )
     label_noise: float = key(0.0, "Share of training labels replaced by another class at random.", Range(0, 1))
@@ -158,6 +159,15 @@ class Data:
         ("none", "crop", "flip", "crop_flip"),
     )
     crop_padding: int = key(4, "Largest shift of augment=crop, in pixels.", POSITIVE)
+
+    def __post_init__(self) -> None:
+        """One form for each size, so that 500 and 500.0 are one condition."""
+        if isinstance(self.train_size, float) and self.train_size == 1:
+            self.train_size = None
+        for name in ("train_size", "valid_size"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value > 1 and value.is_integer():
+                setattr(self, name, int(value))
 
 
 @dataclass
@@ -853,6 +863,9 @@ def check(config: Config) -> None:
     model, data, trainer = config.model, config.data, config.trainer
     folder("paths.outputs", config.paths.outputs)
     folder("data.root", data.root)
+    for name in ("train_size", "valid_size"):
+        if (size := getattr(data, name)) is not None:
+            count(name, size, 10**9)  # how many there are is not known yet
     check_target(model._target_, config.allowed_targets, "model._target_")
     check_target(config.optimizer._target_, config.allowed_targets, "optimizer._target_")
     if isinstance(data, TorchvisionData):
@@ -905,28 +918,30 @@ def _check_compile(trainer: Trainer) -> None:
             raise UserError(f"trainer.{name}={value}: not with trainer.compile=true")
 
 
+def count(name: str, value: int | float, available: int) -> int:
+    """Samples that a size stands for: an integer is a count, a float a fraction of `available`. Raises UserError."""
+    if isinstance(value, float) and value >= 1:
+        raise UserError(f"data.{name}={value}: must be a count, as an integer, or a fraction below 1")
+    found = value if isinstance(value, int) else round(value * available)
+    if found < 1:
+        raise UserError(f"data.{name}={value:g}: less than one of {available} samples")
+    return found
+
+
 def sizes(data: Data, available: int) -> tuple[int, int]:
     """Samples of the train and the valid split, out of `available` in the official training part. Raises UserError."""
-
-    def count(name: str, value: float) -> int:
-        if value >= 1 and value != int(value):
-            raise UserError(f"data.{name}={value:g}: a count must be whole; a fraction must be below 1")
-        found = int(value) if value >= 1 else round(value * available)
-        if found < 1:
-            raise UserError(f"data.{name}={value:g}: less than one of {available} samples")
-        return found
-
-    valid = count("valid_size", data.valid_size)
+    valid = count("valid_size", data.valid_size, available)
     if valid >= available:
         raise UserError(
             f"data.valid_size={data.valid_size:g}: must be below {available}, the size of {data.name}'s training part"
         )
     if data.train_size is None:
         return available - valid, valid
-    train = count("train_size", data.train_size)
+    train = count("train_size", data.train_size, available)
     if train + valid > available:
         raise UserError(
-            f"data.train_size={data.train_size:g}: {available - valid} samples remain beside {valid} for validation"
+            f"data.train_size={data.train_size:g}: {available - valid} samples remain beside {valid} for validation; "
+            "null takes them all"
         )
     return train, valid
 
@@ -950,7 +965,7 @@ def _check_devices(trainer: Trainer, data: Data, bn: bool) -> None:
         kind = "CUDA device" if cuda else f"processes, {PROCESSES_PER_CORE} a core,"
         here = f"there is 1 {kind} here" if cuda == 1 else f"{most} {kind}{'s' * bool(cuda)} are the most here"
         raise UserError(f"trainer.devices={trainer.devices}: {here}")
-    if trainer.sync_batchnorm not in ("auto", True, False):
+    if not (isinstance(trainer.sync_batchnorm, bool) or trainer.sync_batchnorm == "auto"):  # 1 is not True here
         raise UserError(f"trainer.sync_batchnorm={trainer.sync_batchnorm}: must be auto, true or false")
     if trainer.sync_batchnorm is True and not cuda:
         raise UserError(

@@ -92,6 +92,8 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         outputs = configs.folder("paths.outputs", hydra_config.paths.outputs)
         folder = find_sweep(outputs, resume)
         jobs = saved_jobs(folder)
+        if not jobs:
+            raise UserError(f"{plain(folder)}: a sweep without jobs")
     else:
         jobs = _compose(hydra_config, context, params, typed)
         settings = jobs[0].config
@@ -288,6 +290,13 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
         if same is not said:
             raise UserError(f"two jobs are the same: [{' '.join(same)}] and [{' '.join(said)}]")
         jobs.append(Job(Path(), said, config))
+    if not jobs:
+        empty = [one.input_line for one in parsed if one.is_sweep_override() and not list(one.sweep_string_iterator())]
+        raise UserError(f"{' '.join(filter(None, empty))}: no value in it, so there is nothing to run")
+    for name in ("train_size", "valid_size"):
+        values = [getattr(job.config.data, name) for job in jobs]
+        if 1 in values and any(isinstance(value, float) for value in values):
+            raise UserError(f"data.{name}=1: one sample, beside fractions" + "; 1.0 means all" * (name == "train_size"))
     return jobs
 
 

@@ -12,7 +12,7 @@ import torchvision
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from gaplab.config import Data, ImageFolder, TorchvisionData, sizes
+from gaplab.config import Data, ImageFolder, TorchvisionData, count, sizes
 from gaplab.data.cache import Loaded, cached
 from gaplab.data.datasets import files_of, load_dataset
 from gaplab.data.loader import Batch, ChunkLoader, EpochOrder, augmentation
@@ -249,8 +249,8 @@ def sizes_beside(data: Data, available: int) -> int:
     """Samples of the train split when `valid/` holds the other one."""
     if data.train_size is None:
         return available
-    wanted = int(data.train_size) if data.train_size >= 1 else round(data.train_size * available)
-    if not 1 <= wanted <= available:
+    wanted = count("train_size", data.train_size, available)
+    if wanted > available:
         raise UserError(f"data.train_size={data.train_size:g}: the training part has {available} samples")
     return wanted
 
