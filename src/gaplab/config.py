@@ -388,7 +388,8 @@ class Report:
     metrics: list[str] = key(["gap/acc", "valid/acc"], "Metrics to compare, by their MLflow names.")
     margin: float = key(
         0.002,
-        "Largest difference that counts as none, in the metric's unit: 0.002 is 0.2 pp of accuracy.",
+        "Largest difference that counts as none, in the metric's unit: 0.002 is 0.2 pp of an accuracy, 0.002 nats of a "
+        "loss.",
         Range(0, 1, "()"),
     )
     claim: str | None = key(None, "Claim to judge; null for the one that the sweep was run for.", CLAIMS)

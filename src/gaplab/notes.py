@@ -180,11 +180,16 @@ def _contrasts(section: Mapping[str, Any], margin: float) -> Iterable[str]:
                 continue
             first = section["conditions"][0]["label"]
             what = "effects of what was varied" if family == "effects" else f"each condition against {code(first)}"
-            lines = [f"**{escaped(metric)}**, {what} (equivalent: within {100 * margin:g} pp)", ""]
+            lines = [f"**{escaped(metric)}**, {what} (equivalent: within {margin_in(metric, margin)})", ""]
             lines += [f"- {_contrast(metric, one)}" for one in contrasts[:SHOWN]]
             if len(contrasts) > SHOWN:
                 lines.append(f"- … and {len(contrasts) - SHOWN} more")
             yield "\n".join(lines)
+
+
+def margin_in(metric: str, margin: float) -> str:
+    """A margin in the unit of `metric`: `0.2 pp` of an accuracy, `0.002 nats` of a loss."""
+    return f"{100 * margin:g} pp" if "acc" in metric else f"{margin:g} nats" if "loss" in metric else f"{margin:g}"
 
 
 def _contrast(metric: str, one: Mapping[str, Any]) -> str:

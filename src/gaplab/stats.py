@@ -110,7 +110,7 @@ def compare(
         elif p_equivalent[name] < alpha:
             verdict = "equivalent"
             if p_holm[name] < alpha:
-                reason = f"the difference is real, but smaller than the margin of {100 * margin:g} pp"
+                reason = "the difference is real, but smaller than the margin"
         elif p_holm[name] < alpha:
             verdict = "real"
             if p_exact >= alpha:

@@ -6,6 +6,7 @@ from html import unescape
 
 import pytest
 
+from gaplab import notes
 from gaplab.analysis import page
 
 PNG = b"\x89PNG\r\n\x1a\n rest"
@@ -146,3 +147,26 @@ def test_small_negative_numbers_do_not_become_minus_zero():
 def test_every_figure_has_a_caption_by_the_end_of_its_name():
     for kind, caption in page.CAPTIONS.items():
         assert page.caption_of(f"fashion_mnist_{kind}.png") == caption
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (["gap/acc"], "smaller than 5 pp either way"),
+        (["gap/loss"], "smaller than 0.05 nats either way"),
+        (
+            ["gap/acc", "valid/acc", "valid/loss"],
+            "smaller than 5 pp (gap/acc, valid/acc) or 0.05 nats (valid/loss) either",
+        ),
+    ],
+)
+def test_the_margin_is_said_in_the_unit_of_its_metric(metrics, said, images):
+    report = build_report(margin=0.05)
+    report["sections"][0]["contrasts"] = {name: {"effects": [CONTRAST], "against": []} for name in metrics}
+    assert said in words(page.render(report, images))
+    text = "\n".join(notes._contrasts(report["sections"][0], 0.05))
+    for name in metrics:
+        assert (
+            f"**{name}**, effects of what was varied (equivalent: within {'5 pp' if 'acc' in name else '0.05 nats'})"
+            in text
+        )

@@ -15,6 +15,16 @@ def test_every_prefix_of_the_order_is_stratified():
         assert np.abs(share - expected).max() <= 1.5
 
 
+@pytest.mark.parametrize("counts", [[1000] + [2] * 500, [100] * 10])
+def test_a_class_is_off_by_no_more_than_its_share_of_what_the_others_are_off(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    shares = np.array(counts) / len(labels)
+    held = np.eye(len(counts))[labels[stratified_order(labels, seed=0)]].cumsum(0)
+    off = np.abs(held - np.arange(1, len(labels) + 1)[:, None] * shares).max(0)
+    assert (off < 1 + len(counts) * shares).all()
+    assert off.max() > 9 or len(counts) == 10  # so "to within one sample" holds of the rare classes alone
+
+
 def test_splits_are_disjoint_sized_and_seeded():
     train, valid = split(LABELS, 700, 113, seed=1)
     assert (len(train), len(valid)) == (700, 113)

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from gaplab.notes import margin_in
+
 NONE = "–"
 NAMES = {
     "gap/acc": "gap",
@@ -49,7 +51,17 @@ def render(report: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
     environment.globals |= {"title_of": title_of, "in_pp": in_pp, "measured": measured}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     images = {name: b64encode(path.read_bytes()).decode() for name, path in figures.items() if path.is_file()}
-    return template.render(report, images=images, caption_of=caption_of)
+    return template.render(report, images=images, caption_of=caption_of, margins=margins(report))
+
+
+def margins(report: Mapping[str, Any]) -> str:
+    """The margin in the unit of each metric that is compared."""
+    units: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(metric for section in report["sections"] for metric in section["contrasts"]):
+        units.setdefault(margin_in(metric, report["margin"]), []).append(metric)
+    if len(units) < 2:
+        return "".join(units)
+    return " or ".join(f"{margin} ({', '.join(metrics)})" for margin, metrics in units.items())
 
 
 def measured(section: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,12 @@ Indices = NDArray[np.int64]
 
 
 def stratified_order(labels: Indices, seed: int) -> Indices:
-    """A random order of `range(N)` in which every prefix holds each class in its share, to within one sample.
+    """A random order of `range(N)` in which every prefix holds each class about in its share.
 
     The i-th sample of a shuffled class of n gets the key (i + u) / n, u uniform in [0, 1); the keys are sorted. Splits
-    cut from this order are stratified, and a smaller one is inside a larger one.
+    cut from this order are stratified, and a smaller one is inside a larger one. Of K classes, one of n samples is off
+    by less than 1 + K n / N in a prefix: 2 where the classes are of one size, 1 where it is rare. A class with most of
+    the samples makes up for all the others; beside 500 classes of 2, one of 1 000 was off by 14.
     """
     rng = np.random.default_rng(derive_seed(seed, "split"))
     keys = np.empty(len(labels))
