@@ -2,22 +2,27 @@
 
 import numpy as np
 import pytest
+from matplotlib import rc_context, rcParams
 
 from gaplab import figures
 
-NAMES = ("train/acc", "valid/acc", "train/acc_running", "gap/acc", "gap/acc_low", "gap/acc_high")
+NAMES = (
+    "train/acc", "valid/acc", "train/acc_running", "gap/acc", "gap/acc_low", "gap/acc_high", "train/loss", "valid/loss"
+)  # fmt: skip
 HISTORY = [
     dict(zip(NAMES, values, strict=True))
-    for values in ((0.9, 0.88, 0.8, 0.02, 0.01, 0.03), (0.99, 0.9, 0.95, 0.09, 0.08, 0.1))
+    for values in ((0.9, 0.88, 0.8, 0.02, 0.01, 0.03, 0.3, 0.4), (0.99, 0.9, 0.95, 0.09, 0.08, 0.1, 0.1, 0.6))
 ]
 
 
-def test_learning_curves_show_every_epoch_and_the_gap_in_pp():
-    upper, lower = figures.learning_curves(HISTORY, 2, "a run").axes
+def test_learning_curves_show_every_epoch_the_gap_in_pp_and_the_loss():
+    upper, middle, lower = figures.learning_curves(HISTORY, 2, "a run").axes
     curves = {line.get_label(): list(line.get_ydata()) for line in upper.lines}
     assert curves["train"] == [0.9, 0.99]
     assert curves["valid"] == [0.88, 0.9]
-    assert np.allclose(lower.lines[0].get_ydata(), [2, 9])
+    assert np.allclose(middle.lines[0].get_ydata(), [2, 9])
+    losses = {line.get_label(): list(line.get_ydata()) for line in lower.lines}
+    assert losses == {"train": [0.3, 0.1], "valid": [0.4, 0.6]}
     assert "best valid: epoch 2" in curves
 
 
@@ -34,7 +39,7 @@ def test_confusion_matrix_has_true_classes_in_rows():
 def test_worst_mistakes_name_truth_answer_and_probability_and_may_be_none():
     images = np.zeros((1, 3, 4, 4), np.uint8)
     drawn = figures.worst_mistakes(images, ["cat"], ["dog"], np.array([0.987]), "a run")
-    assert drawn.axes[0].get_title() == "cat, not dog\n(98.7 %)"
+    assert drawn.axes[0].get_title() == "true: cat\npredicted: dog\n98.7 % sure"
     assert "none" in figures.worst_mistakes(images[:0], [], [], np.array([]), "a run").get_suptitle()
 
 
@@ -63,7 +68,7 @@ def test_activations_show_percentiles_of_at_most_six_layers_one_unit_and_the_dea
 @pytest.mark.parametrize("name", [r"$\frac{$", "$x^2$", "a\nb", "😀", r"\$ $"])
 def test_names_are_written_as_they_are(tmp_path, name):
     figure = figures.confusion_matrix(np.eye(2, dtype=np.int64), [name, "b"], name)
-    figures.save_figure(figure, tmp_path / "a.png")
+    assert figures.save_figure(lambda: figure, tmp_path / "a.png")
     labels = figure.axes[0].get_xticklabels()
     assert [label.get_text() for label in labels] == [name, "b"]
     assert not any(text.get_parse_math() for text in [*labels, figure.axes[0].title])
@@ -72,5 +77,34 @@ def test_names_are_written_as_they_are(tmp_path, name):
 def test_the_ticks_of_a_log_axis_stay_powers(tmp_path):
     images = np.zeros((4, 1, 8, 8), np.uint8)
     figure = figures.normalization(images, np.zeros(1), np.ones(1))
-    figures.save_figure(figure, tmp_path / "a.png")
+    assert figures.save_figure(lambda: figure, tmp_path / "a.png")
     assert all(label.get_parse_math() for label in figure.axes[3].get_yticklabels())
+
+
+def test_each_strip_of_the_normalization_uses_the_whole_grey_scale():
+    images = np.array([0, 255] * 8, np.uint8).reshape(4, 1, 2, 2)
+    drawn = figures.normalization(images, np.array([0.5]), np.array([0.1]))
+    strips = [image for axes in drawn.axes for image in axes.get_images()]
+    assert [(strip.get_array().min(), strip.get_array().max()) for strip in strips] == [(0, 254)] * 3
+    assert drawn.axes[2].get_title() == "standard scores\nblack -5.00, white 5.00"
+
+
+def test_the_matplotlibrc_of_a_user_does_not_apply(tmp_path):
+    mine = {"text.usetex": True, "font.size": 40, "savefig.bbox": "tight", "axes.prop_cycle": "cycler('color', ['r'])"}
+    assert figures.save_figure(lambda: figures.learning_curves(HISTORY, 2, "$a$"), tmp_path / "plain.png")
+    with rc_context(mine):
+        assert figures.save_figure(lambda: figures.learning_curves(HISTORY, 2, "$a$"), tmp_path / "mine.png")
+        assert rcParams["font.size"] == 40  # the user's own figures keep it
+    assert (tmp_path / "mine.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_figure_that_cannot_be_drawn_costs_a_line_and_no_other_figure(tmp_path, capsys):
+    def fail():
+        raise RuntimeError("no such font\nsecond line")
+
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "bad.png").write_text("of an earlier attempt")
+    drawings = {"bad": fail, "good": lambda: figures.learning_curves(HISTORY, 2, "a run")}
+    assert figures.save_figures(tmp_path / "figures", drawings) == [tmp_path / "figures" / "good.png"]
+    assert capsys.readouterr().err == "bad.png could not be drawn: no such font\n"
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["good.png"]

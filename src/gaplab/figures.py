@@ -1,31 +1,54 @@
 """The pictures of one run, drawn with matplotlib and written as PNG."""
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context, rcdefaults
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from gaplab.files import plain
+
 TRAIN, VALID, GREY = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind: Okabe, Ito
 
 
 def save_figures(folder: Path, drawings: dict[str, Callable[[], Figure]]) -> list[Path]:
-    """Draw each figure and write it as `<name>.png`; the paths."""
+    """Draw each figure and write it as `<name>.png`; the paths of those that could be drawn."""
     folder.mkdir(exist_ok=True)
-    paths = []
-    for name, draw in drawings.items():
-        paths.append(folder / f"{name}.png")
-        save_figure(draw(), paths[-1])
-    return paths
+    paths = {folder / f"{name}.png": draw for name, draw in drawings.items()}
+    return [path for path, draw in paths.items() if save_figure(draw, path)]
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, names in it as they are: a `$` begins no formula, except in the ticks of a log axis."""
+def save_figure(draw: Callable[[], Figure], path: Path) -> bool:
+    """Draw a figure and write it as PNG; False, and a line on stderr, where that failed: no figure fails a run.
+
+    The user's matplotlibrc does not apply. Names appear as they are: a `$` begins no formula, except in the ticks of a
+    log axis.
+    """
+    try:
+        path.unlink(missing_ok=True)  # a link there would lead the figure elsewhere
+        with rc_context(), warnings.catch_warnings():
+            rcdefaults()
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # an empty box says so
+            figure = draw()
+            _take_names_as_they_are(figure)
+            figure.savefig(path, dpi=120, facecolor="white")
+    except Exception as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        reason = plain(str(error).strip().partition("\n")[0] or type(error).__name__)
+        print(f"{path.name} could not be drawn: {reason}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _take_names_as_they_are(figure: Figure) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     for axes in figure.axes:
@@ -36,22 +59,18 @@ def save_figure(figure: Figure, path: Path) -> None:
             ):
                 for label in labels:
                     label.set_parse_math(isinstance(formatter, LogFormatter))
-    path.unlink(missing_ok=True)  # a link there would lead the figure elsewhere
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an empty box says so
-        figure.savefig(path, dpi=120, facecolor="white")
 
 
 def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:
-    """Train and valid accuracy per epoch, the gap between them shaded, its interval below; `best` counts from 1.
+    """Accuracy per epoch with the gap shaded, the gap with its interval, and the loss; `best` counts from 1.
 
     Epochs whose train split was not evaluated have no train accuracy and no gap: lines join those that have.
     """
     epochs = np.arange(1, len(history) + 1)
     measured = np.array([number for number, row in zip(epochs, history, strict=True) if "gap/acc" in row])
     column = {name: np.array([row[name] for row in history if name in row]) for name in history[-1]}
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     marker = "o" if len(epochs) < 25 else None
     valid = column["train/acc"] - column["gap/acc"]  # of the same epochs
     upper.fill_between(measured, valid, column["train/acc"], color=GREY, alpha=0.2, label="overfitting gap")
@@ -62,11 +81,15 @@ def learning_curves(history: list[dict[str, float]], best: int, title: str) -> F
     upper.set(ylabel="accuracy", title=title)
     upper.legend(loc="lower right", fontsize=8)
     gap, low, high = (100 * column[name] for name in ("gap/acc", "gap/acc_low", "gap/acc_high"))
-    lower.fill_between(measured, low, high, color=GREY, alpha=0.2, label="95 % interval")
-    lower.plot(measured, gap, color="black", marker=marker, ms=3)
-    lower.axhline(0, color=GREY, lw=0.8)
-    lower.set(xlabel="epoch", ylabel="gap, pp")
-    lower.legend(loc="upper left", fontsize=8)
+    middle.fill_between(measured, low, high, color=GREY, alpha=0.2, label="95 % interval")
+    middle.plot(measured, gap, color="black", marker=marker, ms=3)
+    middle.axhline(0, color=GREY, lw=0.8)
+    middle.set(ylabel="gap, pp")
+    middle.legend(loc="upper left", fontsize=8)
+    lower.plot(measured, column["train/loss"], color=TRAIN, marker=marker, ms=3, label="train")
+    lower.plot(epochs, column["valid/loss"], color=VALID, marker=marker, ms=3, label="valid")
+    lower.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
+    lower.legend(loc="upper right", fontsize=8)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -164,47 +187,49 @@ def worst_mistakes(
     confidences: NDArray[np.float64],
     title: str,
 ) -> Figure:
-    """Up to 24 pictures (n, C, H, W), the most confidently wrong first: true class, answer, probability."""
+    """Up to 24 pictures (n, C, H, W), the most confidently wrong first: true class, predicted class, probability."""
     columns = 6
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(8, 1.55 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(8, 1.75 * rows + 0.5), layout="constrained")
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for axes, image, label, prediction, confidence in zip(
         grid.flat, images, labels, predictions, confidences, strict=False
     ):
         _show(axes, image)
-        axes.set_title(f"{label}, not {prediction}\n({100 * confidence:.1f} %)", size=8)
+        axes.set_title(f"true: {label}\npredicted: {prediction}\n{100 * confidence:.1f} % sure", size=8)
     figure.suptitle(title if len(images) else f"{title}: none", size=10)
     return figure
 
 
 def normalization(images: NDArray[np.uint8], mean: NDArray[np.float64], std: NDArray[np.float64]) -> Figure:
-    """The same pictures (n, C, H, W) on one grey scale: pixels in [0, 1], mean subtracted, standard score.
+    """The same pictures (n, C, H, W) as stored, with the mean subtracted and as standard scores, over their histograms.
 
-    `mean` and `std` are those of the train split per channel, (C,) in units of [0, 1].
+    Each strip runs from its own darkest to its own brightest value; the histograms share one axis.
+
+    Args:
+        mean: of the train split per channel, (C,) in units of [0, 1].
+        std: likewise.
     """
     pixels = images / 255.0
     centred = pixels - mean[:, None, None]
     panels = {
-        "as it is, in [0, 1]": pixels,
+        "pixels in [0, 1]": pixels,
         "mean subtracted": centred,
-        "standard score": centred / std[:, None, None],
+        "standard scores": centred / std[:, None, None],
     }
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    grid = figure.subplots(2, 3, height_ratios=[1, 1.6])
-    low = min(values[:4].min() for values in panels.values())
-    high = max(values[:4].max() for values in panels.values()) + 1e-9
-    for (name, values), (top, bottom) in zip(panels.items(), grid.T, strict=True):
+    strips, histograms = figure.subplots(2, 3, height_ratios=[1, 1.6], sharex="row", sharey="row")
+    for (name, values), top, bottom in zip(panels.items(), strips, histograms, strict=True):
         strip = np.concatenate([*values[:4]], axis=2)
-        _show(top, (255 * (strip - low) / (high - low)).astype(np.uint8))
-        top.set_title(name, size=10)
-        for channel, colour in zip(
-            range(values.shape[1]), [GREY] if values.shape[1] == 1 else ["r", "g", "b"], strict=False
-        ):
+        low, high = strip.min(), strip.max()
+        _show(top, (255 * (strip - low) / (high - low + 1e-9)).astype(np.uint8))
+        top.set_title(f"{name}\nblack {low:.2f}, white {high:.2f}", size=9)
+        colours = [GREY] if values.shape[1] == 1 else ["r", "g", "b"]
+        for channel, colour in zip(range(values.shape[1]), colours, strict=False):
             bottom.hist(values[:, channel].ravel(), bins=60, color=colour, alpha=0.6)
         bottom.set(yscale="log", xlabel=f"mean {values.mean():.3f}, sd {values.std():.3f}")
-    grid[1, 0].set_ylabel("pixels")
+    histograms[0].set_ylabel("pixels")
     return figure
 
 

@@ -25,6 +25,8 @@ def build_run(settings, seed, *, epochs=4, status="FINISHED", diverged=False, lo
     history = {"valid/acc": {epoch: last - 0.01 * (epochs - epoch) for epoch in range(1, epochs + 1)}}
     for name, more in (("train/acc", 0.02), ("train/acc_running", 0.01)):
         history[name] = {epoch: value + more for epoch, value in history["valid/acc"].items()}
+        history[name.replace("acc", "loss")] = {epoch: 1 - value for epoch, value in history[name].items()}
+    history["valid/loss"] = {epoch: 1 - value for epoch, value in history["valid/acc"].items()}
     history["gap/acc"] = dict.fromkeys(history["valid/acc"], 0.02)
     metrics = {name: values[epochs] for name, values in history.items()} if status == "FINISHED" else {}
     if looks:
@@ -92,11 +94,14 @@ def test_every_figure_that_makes_sense_is_drawn(name):
 @pytest.mark.parametrize(
     ("name", "names"),
     [
-        ("three factors", "conditions learning_curves interaction honest_vs_running"),
-        ("one condition", "conditions learning_curves honest_vs_running activations"),
+        ("three factors", "conditions learning_curves loss_curves interaction honest_vs_running"),
+        ("one condition", "conditions learning_curves loss_curves honest_vs_running activations"),
         ("two seeds, one epoch", "conditions honest_vs_running activations"),
         ("no run finished", "activations"),
-        ("some lost, some at chance", "conditions learning_curves interaction heat_map honest_vs_running activations"),
+        (
+            "some lost, some at chance",
+            "conditions learning_curves loss_curves interaction heat_map honest_vs_running activations",
+        ),
     ],
 )
 def test_only_figures_that_make_sense_are_offered(name, names):
@@ -159,8 +164,12 @@ def test_too_many_panels_are_pooled_or_cut_and_the_title_says_so():
     assert "the first 16 of 18" in texts(figures.learning_curves(build_section({"a": LETTERS}, [0], epochs=2)))
 
 
+def bn_with_dropout_only(settings, _):
+    return {"valid": 0.9} if settings["model.bn"] == "true" and settings["model.dropout"] == "0.5" else None
+
+
 def test_interaction_averages_within_each_seed_before_the_interval():
-    section = build_section(GRID)
+    section = build_section(GRID, lost=bn_with_dropout_only)
     valid = figures.interaction(section).axes[1]
     members = [one for one in section.conditions if one.levels[:2] == ("true", "0.5")]
     per_seed = [100 * np.mean([one.values["valid/acc"][seed] for one in members]) for seed in range(6)]
@@ -169,6 +178,39 @@ def test_interaction_averages_within_each_seed_before_the_interval():
     curves = {line.get_label(): line for line in lines(valid) if line.get_label() in ("false", "true")}
     assert list(curves["true"].get_xdata()) == [0, 0.5]
     assert np.isclose(curves["true"].get_ydata()[1], found.mean)
+
+
+def test_interaction_shows_the_two_factors_that_interact():
+    def crossing(settings, _):
+        return {"valid": 0.9} if (settings["model.dropout"], settings["model.init"]) == ("0.5", "lsuv") else None
+
+    gap, valid = figures.interaction(build_section(GRID, lost=crossing)).axes
+    assert gap.get_xlabel() == "init"
+    assert {line.get_label() for line in lines(valid)} >= {"0", "0.5"}
+    assert figures.interaction(build_section(GRID, lost=bn_with_dropout_only)).axes[0].get_xlabel() == "dropout"
+
+
+@pytest.mark.parametrize("seeds", [range(2), range(6)])
+def test_no_interval_leaves_its_panel_or_what_an_accuracy_can_be(seeds):
+    section = build_section(GRID, seeds, valid=0.9985)
+    for figure in (figures.conditions(section, METRICS), figures.interaction(section, METRICS)):
+        for axes in figure.axes:
+            across, up = axes.get_xlim(), sorted(axes.get_ylim())
+            for line in lines(axes):
+                assert across[0] <= min(line.get_xdata()) <= max(line.get_xdata()) <= across[1]
+                assert up[0] <= min(line.get_ydata()) <= max(line.get_ydata()) <= up[1]
+    valid = figures.conditions(section, METRICS).axes[1]
+    assert max(end for line in lines(valid) for end in line.get_xdata()) <= 100
+
+
+def test_learning_curves_are_linear_so_that_the_distance_is_the_gap():
+    section = build_section(
+        {"model.dropout": ["0", "0.5"]}, lost=lambda s, _: {"valid": 0.5 + float(s["model.dropout"])}
+    )
+    assert [axes.get_yscale() for axes in figures.learning_curves(section).axes] == ["linear"]
+    losses = figures.learning_curves(section, "loss").axes[0]
+    assert losses.get_ylabel() == "loss, nats"
+    assert all(0 < value < 1 for line in lines(losses) for value in line.get_ydata())  # not in percent
 
 
 def test_interaction_takes_a_logarithmic_axis_and_marks_points_that_lack_runs():

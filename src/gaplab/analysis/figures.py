@@ -1,13 +1,13 @@
 """The pictures of a sweep, drawn with matplotlib: accuracies in %, gaps in percentage points (pp).
 
-Where errors differ more than `STRETCH`-fold, the axis of an accuracy is logarithmic in the error, so that 97 and 98 %
-can be told apart beside a network that stayed at chance.
+Where errors differ more than `STRETCH`-fold, an axis of accuracy is logarithmic in the error, so that 97 and 98 % can
+be told apart beside a network that stayed at chance. Learning curves are linear: the distance of two lines is the gap.
 """
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
-from math import isfinite
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations, product
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def drawings(section: Section, metrics: Sequence[str]) -> dict[str, Callable[[],
     sensible: dict[str, tuple[bool, Callable[[], Figure]]] = {
         "conditions": (bool(shown), lambda: conditions(section, shown)),
         "learning_curves": (epochs > 1, lambda: learning_curves(section)),
+        "loss_curves": (epochs > 1 and any(map(_has_loss, finished)), lambda: learning_curves(section, "loss")),
         "interaction": (bool(shown) and len(section.factors) > 1, lambda: interaction(section, shown)),
         "heat_map": ("valid/acc" in known and len(_numeric(section)) > 1, lambda: heat_map(section)),
         "honest_vs_running": (any(_gaps(one) for one in section.conditions), lambda: honest_vs_running(section)),
@@ -52,11 +53,8 @@ def drawings(section: Section, metrics: Sequence[str]) -> dict[str, Callable[[],
 
 
 def conditions(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/acc")) -> Figure:
-    """A row for each condition, a panel for each metric: every seed a dot, the mean and its 95 % t interval below.
-
-    An interval that is much longer than the panel's dots lie apart, as of two seeds, leaves the panel.
-    """
-    count, by = len(section.conditions), _line_factor(section) if len(section.factors) > 1 else None
+    """A row for each condition, a panel for each metric: every seed a dot, the mean and its 95 % t interval below."""
+    count, by = len(section.conditions), _line_factor(section.factors) if len(section.factors) > 1 else None
     labels = [_row_label(one, reference=count > 1 and not row) for row, one in enumerate(section.conditions)]
     lines = max(label.count("\n") + 1 for label in labels)
     figure, grid = _figure(9, 1.4 + count * max(0.32, 0.14 * lines), 1, len(metrics), sharey=True)
@@ -74,7 +72,7 @@ def conditions(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/acc
             heights = [row + jitter[seed] for seed in values]
             colour = colours[_level(section, one, by)]
             axes.scatter(list(values.values()), heights, s=13, color=colour, alpha=0.65, lw=0, zorder=3)
-            mean, interval = _mean_and_ends(list(values.values()))
+            mean, interval = _mean_and_ends(list(values.values()), metric)
             if row == 0 and count > 1:
                 axes.axvline(mean, color=GREY, lw=0.8, ls="--", zorder=1)
             axes.plot(interval, [row + 0.24] * len(interval), color="black", lw=1.3, zorder=4)
@@ -96,12 +94,13 @@ def conditions(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/acc
     return _finish(figure, f"{section.data}: every condition", keys)
 
 
-def learning_curves(section: Section) -> Figure:
-    """Valid and train accuracy per epoch: means over the finished seeds, up to the last epoch that all of them have.
+def learning_curves(section: Section, measure: str = "acc") -> Figure:
+    """Valid and train accuracy, or loss, per epoch: means over the finished seeds, up to the last epoch that all have.
 
-    A panel for each setting of all factors but the one of the lines; beyond `MAX_PANELS`, of the largest factor.
+    The axis is linear, so that the distance between the two lines of accuracy is the gap. A panel for each setting of
+    all factors but the one of the lines; beyond `MAX_PANELS`, of the largest factor.
     """
-    by = _line_factor(section)
+    by = _line_factor(section.factors)
     by = by if by and len(section.factors[by]) <= MAX_LINES else None
     across = [name for name in section.factors if name != by]
     if len(_grouped(section, across)) > MAX_PANELS:
@@ -112,23 +111,24 @@ def learning_curves(section: Section) -> Figure:
     rows = -(-len(shown) // columns)
     figure, grid = _figure(9, 1.3 + (2.3 if rows > 1 else 3.2) * rows, rows, columns, sharex=True, sharey=True)
     drawn: list[float] = []
+    unit = "accuracy, %" if measure == "acc" else "loss, nats"
     for number, (where, group) in enumerate(shown.items()):
         axes, missing = grid[number // columns][number % columns], []
         for (level,), members in _grouped(section, [by], group).items():
-            for name, dashes, width in (("train/acc", "--", 1.0), ("valid/acc", "-", 1.6)):
-                if found := _curves(members, name):
+            for split, dashes, width in (("train", "--", 1.0), ("valid", "-", 1.6)):
+                if found := _curves(members, f"{split}/{measure}"):
                     drawn += _draw_curve(axes, *found, dashes == "-", color=colours[level], ls=dashes, lw=width)
             drawn_seeds, planned = len(found[1]) if found else 0, len({run.seed for one in members for run in one.runs})
             if drawn_seeds < planned:
                 missing.append(f"{by}={level}: " * bool(by) + f"{drawn_seeds} of {planned} seeds")
         axes.set_title("\n".join([_wrapped(_words(across, where), 34 if columns < 4 else 28), *missing]), size=8)
         axes.set_xlabel("epoch" if number + columns >= len(shown) else "", size=9)
-        axes.set_ylabel("" if number % columns else "accuracy, %", size=9)
+        axes.set_ylabel("" if number % columns else unit, size=9)
         axes.xaxis.set_tick_params(labelbottom=number + columns >= len(shown))
         axes.grid(color=PALE, lw=0.6)
     for number in range(len(shown), rows * columns):
         grid[number // columns][number % columns].set_visible(False)
-    _set_scale(grid[0][0], "y", "valid/acc", drawn)
+    _set_scale(grid[0][0], "y", f"valid/{measure}", drawn, stretch=False)
     grid[0][0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     plain = GREY if by else colours[""]
     keys = [_key(f"{by}={level}", color=colour, lw=3) for level, colour in colours.items() if by]
@@ -136,17 +136,20 @@ def learning_curves(section: Section) -> Figure:
     keys.append(_key("train", color=plain, lw=1, ls="--"))
     cut = f"; the first {len(shown)} of {len(panels)}" if len(shown) < len(panels) else ""
     means = _means_over(section, [by, *across])
-    return _finish(figure, f"{section.data}: learning curves, means over the finished seeds{means}{cut}", keys)
+    curves = "learning curves" if measure == "acc" else "loss curves"
+    return _finish(figure, f"{section.data}: {curves}, means over the finished seeds{means}{cut}", keys)
 
 
 def interaction(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/acc")) -> Figure:
     """Each metric against one factor, a line for each level of another one: means and 95 % t intervals over seeds.
 
-    A seed's value is its mean over the other factors; it counts if it has all of these conditions.
+    The two factors are those that interact most. A seed's value is its mean over the other factors; it counts if it has
+    all of these conditions.
     """
-    by, numeric = _line_factor(section), _numeric(section)
-    others = [name for name in section.factors if name != by]
-    along = max(others, key=lambda name: (name in numeric, len(section.factors[name])))
+    numeric = _numeric(section)
+    pair = max(combinations(section.factors, 2), key=lambda names: _interaction_size(section, names, metrics))
+    by = _line_factor({name: section.factors[name] for name in pair})
+    along = pair[pair[0] == by]
     levels = sorted(section.factors[along], key=float) if along in numeric else section.factors[along]
     places, log = _places(levels, along in numeric)
     colours, cells = _colours(section, by), _grouped(section, [by, along])
@@ -163,7 +166,7 @@ def interaction(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/ac
             for place, level in zip(places, levels, strict=True):
                 group = cells.get((line, level), [])
                 if values := [_scaled(metric, value) for value in _seed_means(group, metric)]:
-                    mean, interval = _mean_and_ends(values)
+                    mean, interval = _mean_and_ends(values, metric)
                     whole = len(values) == len({run.seed for one in group for run in one.runs})
                     axes.plot([place] * len(interval), interval, lw=1.2, **style)
                     axes.plot(place, mean, MARKERS[index % 8], ms=5.5, mfc=colour if whole else "white", **style)
@@ -226,7 +229,7 @@ def heat_map(section: Section) -> Figure:
 def honest_vs_running(section: Section) -> Figure:
     """Of every run, the gap by the running train accuracy against the honest one, both in pp."""
     by = next((name for name in section.factors if name.rpartition(".")[2] == "dropout"), None)
-    by = by or (_line_factor(section) if len(section.conditions) > 8 else None)
+    by = by or (_line_factor(section.factors) if len(section.conditions) > 8 else None)
     groups = _named(section, by)
     figure, ((axes,),) = _figure(7, 5, 1, 1)
     keys = []
@@ -330,10 +333,36 @@ def _numeric(section: Section) -> list[str]:
     return [name for name, levels in section.factors.items() if all(map(number, levels))]
 
 
-def _line_factor(section: Section) -> str | None:
+def _line_factor(factors: Mapping[str, Sequence[str]]) -> str | None:
     """The factor that colours tell apart: BatchNorm, else the one with the fewest levels."""
-    names, levels = section.factors, section.factors
-    return min(names, key=lambda name: (name.rpartition(".")[2] != "bn", len(levels[name])), default=None)
+    return min(factors, key=lambda name: (name.rpartition(".")[2] != "bn", len(factors[name])), default=None)
+
+
+def _interaction_size(section: Section, names: Sequence[str], metrics: Sequence[str]) -> float:
+    """Largest deviation of the cell means of two factors from the sum of their own effects, in units of the metric's
+    range over all conditions, summed over the metrics; infinite where a cell has no finished run.
+    """
+    cells, size = _grouped(section, names), 0.0
+    for metric in metrics:
+        mean = {
+            one.levels: float(np.mean([*one.values[metric].values()]))
+            for one in section.conditions
+            if one.values.get(metric)
+        }
+        table = np.array(
+            [
+                [
+                    np.mean([mean[one.levels] for one in cells.get((a, b), []) if one.levels in mean] or [inf])
+                    for b in section.factors[names[1]]
+                ]
+                for a in section.factors[names[0]]
+            ]
+        )
+        if np.isinf(table).any():
+            return inf
+        rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+        size += float(np.abs(rest).max() / (np.ptp([*mean.values()]) or 1.0))
+    return size
 
 
 def _level(section: Section, condition: Condition, name: str | None) -> str:
@@ -358,12 +387,14 @@ def _named(section: Section, name: str | None) -> dict[str, list[Condition]]:
 
 
 def _curves(group: Iterable[Condition], name: str) -> tuple[Array, Array] | None:
-    """Steps (T,) that all have, and values (seeds, T) in %: means over those conditions of which a run finished."""
+    """Steps (T,) that all have, and values (seeds, T), accuracies in %: means over conditions with a finished run."""
     tables = [{seed: run.history.get(name) or {} for seed, run in _finished(one).items()} for one in group]
     tables = [found for table in tables if (found := {seed: line for seed, line in table.items() if line})]
     seeds = sorted(set.intersection(*map(set, tables))) if tables else []
     steps = sorted(set.intersection(*(set(table[seed]) for table in tables for seed in seeds))) if seeds else []
-    values = [[100 * float(np.mean([table[seed][step] for table in tables])) for step in steps] for seed in seeds]
+    values = [
+        [_scaled(name, float(np.mean([table[seed][step] for table in tables]))) for step in steps] for seed in seeds
+    ]
     return (np.array(steps, float), np.array(values)) if steps else None
 
 
@@ -383,9 +414,22 @@ def _seed_means(group: Sequence[Condition], metric: str) -> list[float]:
     return [float(np.mean([table[seed] for table in tables])) for seed in seeds]
 
 
-def _mean_and_ends(values: Sequence[float]) -> tuple[float, list[float]]:
-    found = stats.estimate(values)
-    return found.mean, [] if found.low is None or found.high is None else [found.low, found.high]
+def _mean_and_ends(values: Sequence[float], metric: str) -> tuple[float, list[float]]:
+    """The mean, and the ends of its 95 % t interval within what the metric can be; no ends of a single value."""
+    found, (least, most) = stats.estimate(values), _bounds(metric)
+    ends = [] if found.low is None or found.high is None else [max(found.low, least), min(found.high, most)]
+    return found.mean, ends
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    """The least and the largest value that a metric can have, as `_scaled`."""
+    if "/acc" not in metric:
+        return -inf, inf
+    return -100.0 if metric.startswith("gap/") else 0.0, 100.0
+
+
+def _has_loss(run: Run) -> bool:
+    return bool(run.history.get("train/loss") and run.history.get("valid/loss"))
 
 
 def _scaled(metric: str, value: float) -> float:
@@ -419,20 +463,20 @@ def _nines(floor: float) -> tuple[Callable[[Array], Array], Callable[[Array], Ar
     return lambda x: -np.arcsinh((100 - x) / floor), lambda y: 100 + floor * np.sinh(y)
 
 
-def _set_scale(axes: Axes, which: str, metric: str, values: Sequence[float], ends: Sequence[float] = ()) -> None:
-    """Limits that show all values, and the ends of intervals that are not far off; for accuracies the scale."""
+def _set_scale(
+    axes: Axes, which: str, metric: str, values: Sequence[float], ends: Sequence[float] = (), stretch: bool = True
+) -> None:
+    """Limits that show all values and the ends of all intervals; for accuracies the scale."""
     if not values:
         return
-    low, high = min(values), max(values)
-    room = 1.5 * (high - low) or max((abs(end - low) for end in ends), default=0.0) or 0.05 * abs(high) or 1.0
-    low, high = max(min(low, *ends, low), low - room), min(max(high, *ends, high), high + room)
+    low, high = min(*values, *ends), max(*values, *ends)
     set_limits, axis = (axes.set_xlim, axes.xaxis) if which == "x" else (axes.set_ylim, axes.yaxis)
-    accuracy = "/acc" in metric and "gap/acc" not in metric
+    accuracy = "/acc" in metric and not metric.startswith("gap/")
     stretched, floor = _stretch(values)
-    if accuracy and stretched:
+    if accuracy and stretched and stretch:
         forward, back = _nines(floor)
         (axes.set_xscale if which == "x" else axes.set_yscale)("function", functions=(forward, back))
-        first, last = forward(np.array([max(low, 0), min(high, 100)]))
+        first, last = forward(np.array([low, high]))
         low, high = _padded(first, last, 0.04)
         set_limits(*back(np.array([low, high])))
         ticks: list[float] = []
@@ -442,8 +486,8 @@ def _set_scale(axes: Axes, which: str, metric: str, values: Sequence[float], end
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
-        low, high = _padded(low, high, 0.05) if high > low else (low - room, high + room)
-        set_limits(low, min(high, 100.2) if accuracy else high)
+        room = 0.05 * ((high - low) or abs(high) or 1.0)
+        set_limits(low - room, min(high + room, 100.2) if accuracy else high + room)
         axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
 
 

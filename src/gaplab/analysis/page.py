@@ -26,9 +26,14 @@ CAPTIONS = {
         "Solid lines are valid accuracy, dashed ones train accuracy; the distance between the two is the gap. Means "
         "over the seeds, the band from the lowest valid accuracy of any seed to the highest."
     ),
+    "loss_curves": (
+        "Solid lines are valid loss, dashed ones train loss: means over the seeds. Where valid loss rises while train "
+        "loss falls, the network overfits, even if valid accuracy stays level: its errors become more confident."
+    ),
     "interaction": (
-        "Parallel lines: the two factors act independently of each other. Lines that close up, open or cross: what one "
-        "does depends on the other. A hollow point lacks runs, diverged ones for instance, and may look too good."
+        "The two factors that interact most. Parallel lines: the two act independently of each other. Lines that close "
+        "up, open or cross: what one does depends on the other. A hollow point lacks runs, diverged ones for instance, "
+        "and may look too good."
     ),
     "heat_map": (
         "Mean valid accuracy in each cell, brighter is higher. “4 of 6” counts the finished seeds; a dash: none did."

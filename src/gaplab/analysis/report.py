@@ -204,9 +204,9 @@ def _write(
         prefix = f"{configs.slug(part.data)}_{index}_" if len(parts) > 1 else ""
         for name, draw in drawings(part, metrics).items():
             path = folder / f"{prefix}{name}.png"
-            save_figure(draw(), path)
-            description["figures"].append(path.name)
-            paths[path.name] = path
+            if save_figure(draw, path):
+                description["figures"].append(path.name)
+                paths[path.name] = path
     rows = list(tidy(runs))
     (folder / "runs.csv").unlink(missing_ok=True)  # a link there would lead the table elsewhere
     with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
