@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import SMALL, train_py
 from matplotlib import rc_context, rcParams
 
 from gaplab import figures
@@ -108,3 +109,15 @@ def test_a_figure_that_cannot_be_drawn_costs_a_line_and_no_other_figure(tmp_path
     assert figures.save_figures(tmp_path / "figures", drawings) == [tmp_path / "figures" / "good.png"]
     assert capsys.readouterr().err == "bad.png could not be drawn: no such font\n"
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["good.png"]
+
+
+@pytest.mark.full
+def test_a_run_finishes_whatever_matplotlib_is_set_to(tmp_path, monkeypatch):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.dpi: oops\n")
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "no such backend")
+    small = [key for key in SMALL if key != "figures=false"]
+    done = train_py(*small, "trainer.max_epochs=1", f"paths.outputs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "could not be drawn" not in done.stderr
+    assert len(list(tmp_path.glob("runs/*/figures/*.png"))) == 4

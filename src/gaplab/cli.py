@@ -148,6 +148,7 @@ def run(main: Callable[[], Any], help_text: Callable[[list[str]], str], paths: t
     sys.argv[1:] = [as_hydra_reads(word, paths) for word in sys.argv[1:]]
     atexit.register(_skip_teardown)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing in its own way
+    os.environ["MPLBACKEND"] = "agg"  # gaplab opens no window; an unknown name there fails the import of matplotlib
     words = sys.argv[1:]
     try:
         with interrupt.handled():

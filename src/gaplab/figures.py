@@ -89,7 +89,7 @@ def learning_curves(history: list[dict[str, float]], best: int, title: str) -> F
     lower.plot(measured, column["train/loss"], color=TRAIN, marker=marker, ms=3, label="train")
     lower.plot(epochs, column["valid/loss"], color=VALID, marker=marker, ms=3, label="valid")
     lower.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
-    lower.legend(loc="upper right", fontsize=8)
+    lower.legend(loc="best", fontsize=8)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
