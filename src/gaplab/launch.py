@@ -4,21 +4,18 @@ import logging
 import os
 import secrets
 import shlex
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaplab import config as configs
-from gaplab import interrupt, torchrun
-from gaplab.config import PROJECT, Config, Data, ImageFolder, MLflow, Tracking
+from gaplab import interrupt, provenance, torchrun
+from gaplab.config import Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
 from gaplab.machine import uncollected
@@ -267,28 +264,7 @@ def _make_folder(config: Config, folder: Path | None) -> Path:
 
 def _tags(config: Config) -> dict[str, str]:
     tags = {"condition": configs.condition(config), "config_hash": configs.config_hash(config)}
-    return tags | source_tags() | {"overrides": configs.masked(" ".join(overrides()))}
-
-
-@cache  # of the jobs of a sweep, each would ask for the same
-def source_tags() -> dict[str, str]:
-    """Versions, the commit of the project and whether files differ from it; no commit outside a git checkout."""
-    return {f"version/{name}": metadata.version(name) for name in ("torch", "lightning", "hydra-core")} | dict(_git())
-
-
-def _git() -> Iterator[tuple[str, str]]:
-
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(PROJECT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        yield "git/commit", commit
-        yield "mlflow.source.git.commit", commit  # where MLflow's own pages look for it
-        yield "git/dirty", str(bool(git("status", "--porcelain"))).lower()
-    except (OSError, subprocess.CalledProcessError):
-        return
+    return tags | provenance.source_tags() | {"overrides": configs.masked(" ".join(overrides()))}
 
 
 def overrides() -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from gaplab import config as configs
-from gaplab import interrupt, launch
+from gaplab import interrupt, launch, provenance
 from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
@@ -407,8 +407,10 @@ def _run(
         settings = launch.tracking(folder, jobs[0].config)
         _save(folder, jobs, typed)
         console.print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished, in {folder}", soft_wrap=True)
+        if before := _environments(jobs, waiting):
+            console.print(f"note: {before}", markup=False, soft_wrap=True)
         claim = jobs[0].config.sweep.claim
-        tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | launch.source_tags()
+        tags = {"sweep": folder.name, "overrides": configs.masked(" ".join(typed))} | provenance.source_tags()
         tracker = Tracker(folder, settings, f"sweep {folder.name[20:]}", tags | ({"claim": claim} if claim else {}))
         question = _asked(folder, jobs)
         tracker.tags({NOTE: joined(f"Under way: {len(waiting)} of {len(jobs)} runs are to come.", question)})
@@ -453,9 +455,22 @@ def _run(
             keys = [word for word in hydra_config.hydra.overrides.hydra if "hydra.launcher." in word]
             words = [f"sweep.resume={folder}"] + ([] if in_here else [f"hydra/launcher={engine}", *keys])
             resume = shlex.join(words)
+            if (after := _environments(jobs)) and after != before:
+                console.print(f"note: {after}", markup=False, soft_wrap=True)
             print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
+
+
+def _environments(jobs: list[Job], waiting: Sequence[Job] = ()) -> str | None:
+    """How the environments of the jobs' runs differ, in words; the commit of those waiting will be the present one."""
+    folders = {job.folder for job in waiting}
+    return provenance.difference(
+        [
+            [provenance.source_tags()] if job.folder in folders else provenance.attempts(read_journal(job.folder))
+            for job in jobs
+        ]
+    )
 
 
 def _asked(folder: Path, jobs: list[Job]) -> str:

@@ -61,7 +61,6 @@ class Replica:
         self._spent_s = self._earlier_s = self._save_s = 0.0
         self._since: float | None = None
         self.rng = self._go_on()
-        run.result.device = worker.device_name(device)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -140,8 +139,7 @@ class Replica:
         worker.conclude(self.run, self.data, self.network, self.measured, lambda: worker.forward(config), first_step)
 
     def _go_on(self) -> dict[str, Any] | None:
-        folder = self.run.folder / "checkpoints"
-        path = worker.go_on(folder, self.classifier, self.data, self.run.console)
+        path = worker.go_on(self.run, self.classifier, self.data)
         if path is None:
             return None
         checkpoint = read_checkpoint(path, self.classifier.device)

@@ -20,11 +20,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from matplotlib.figure import Figure
-from rich.console import Console
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gaplab import config as configs
-from gaplab import figures, interrupt
+from gaplab import figures, interrupt, provenance
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, Sources, build_datamodule
 from gaplab.errors import TrainingError, UserError
@@ -38,6 +37,7 @@ from gaplab.ranks import ALONE, Ranks
 from gaplab.result import RESULT_NAMES, RunResult
 from gaplab.run import Run
 from gaplab.seeding import derive_seed
+from gaplab.tracking.journal import read_journal
 from gaplab.training.activations import IDENTITY_SAMPLES, SAMPLES, ActivationsCallback, identity_error
 from gaplab.training.checkpoint import Checkpoints, ChecksumIO, newest_checkpoint
 from gaplab.training.classifier import Classifier
@@ -108,12 +108,11 @@ def _train(run: Run, ranks: Ranks) -> None:
     classifier = classifier_of(config, data, network, digest, ranks)
     if config.trainer.precision == "64-true":
         classifier.double()  # Lightning would do so after it has read a checkpoint into float32
-    result.device = f"{ranks.size} x " * (ranks.size > 1) + device_name(trainer.strategy.root_device)
     if ranks.size > 1 and config.model.bn:
         result.batchnorm = "synchronized" if _synchronizes(config) else "averaged"
         each = "" if _synchronizes(config) else "of each one's part of a mini-batch, running statistics "
         tracker.tags({"batchnorm": f"{each}{result.batchnorm} over {ranks.size} devices"})
-    checkpoint = go_on(run.folder / "checkpoints", classifier, data, run.console, ranks)
+    checkpoint = go_on(run, classifier, data, ranks)
     start = time.perf_counter()
     try:
         with interrupt.deferred():
@@ -157,6 +156,8 @@ def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> t
         sources: the data, if somebody has read them.
     """
     config, folder, tracker, result = run.config, run.folder, run.tracker, run.result
+    result.device = f"{ranks.size} x " * (ranks.size > 1) + device_name(device_of(config))
+    tracker.tags(provenance.compute_tags(result.device))
     pl.seed_everything(config.seed, verbose=False)
     with result.timed("data"):
         data = build_datamodule(
@@ -248,10 +249,9 @@ def conclude(
         tracker.artifact(folder / "checkpoints" / name, "checkpoints")
 
 
-def go_on(
-    folder: Path, classifier: Classifier, data: DataModule, console: Console, ranks: Ranks = ALONE
-) -> Path | None:
-    """The checkpoint in `folder` to go on from, if any. Raises UserError if it is of another network or other data."""
+def go_on(run: Run, classifier: Classifier, data: DataModule, ranks: Ranks = ALONE) -> Path | None:
+    """The run's checkpoint to resume from, if any. Raises UserError if it is of another network or other data."""
+    folder, console = run.folder / "checkpoints", run.console
     # the others take the first one's word: a folder may reach another machine late
     newest = newest_checkpoint(folder) if ranks.rank == 0 else (None, [])
     ranks.meet("checkpoint")
@@ -276,6 +276,10 @@ def go_on(
     data.begin_at(progress["batches"])
     within = f" and {progress['batches']} of {data.batches_per_epoch} batches" if progress["batches"] else ""
     console.print(f"going on from {path.name}, after {progress['epochs']} epochs{within}")
+    if ranks.rank == 0:
+        run.tracker.tags({provenance.RESUMED: f"{path.name}, epoch {progress['epochs']}"})
+        if changed := provenance.difference([provenance.attempts(read_journal(run.folder))]):
+            console.print(f"note: {changed}", markup=False, soft_wrap=True)
     return path
 
 
@@ -463,7 +467,7 @@ def accelerator(name: str) -> str:
     """CUDA or the CPU: elsewhere gaplab was never run, and float64 statistics are not to be had on Apple's GPUs."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+    return "cuda" if name == "gpu" else name
 
 
 def device_of(config: Config) -> torch.device:

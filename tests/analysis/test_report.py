@@ -99,6 +99,19 @@ def test_the_sweeps_description_says_what_was_asked_and_found(tmp_path: Path, mo
     assert "to come" not in note
 
 
+def test_runs_of_several_kinds_of_cpu_are_said_on_the_page_and_in_the_terminal(tmp_path: Path, capsys):
+    folder = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000", seeds=[0])
+    for number, job in enumerate(sorted(folder.glob("*_mnist_*"))):
+        append(job, "tags", values={"cpu/capability": f"x86_64 {'AVX2' if number else 'AVX512'}", "cpu/threads": "1"})
+    page = (report(settings(tmp_path)) / "report.html").read_text()
+    said = "CPU x86_64 AVX512 (1 run), x86_64 AVX2 (3 runs)"
+    assert said in page
+    assert (
+        f"note: these runs have different environments, which may explain differences between them: {said}"
+        in " ".join(capsys.readouterr().out.split())
+    )
+
+
 def test_what_is_missing_is_said_and_the_rest_reported(tmp_path: Path, capsys):
     folder = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000")
     shutil.rmtree(folder / "0_mnist_false_0_0")

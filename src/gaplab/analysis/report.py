@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gaplab import config as configs
-from gaplab import notes, stats
+from gaplab import notes, provenance, stats
 from gaplab.analysis.claims import Verdict, judge
 from gaplab.analysis.compare import CURVES, METRICS, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
@@ -51,6 +51,8 @@ def report(settings: configs.Report) -> Path:
     if len(parts) > 1:
         names = ", ".join(part.data for part in parts)
         found.notes.append(f"{len(parts)} data sets or splits ({names}): conditions are compared within each")
+    if changed := provenance.difference([run.attempts for run in found.runs]):
+        found.notes.append(changed)
     verdicts = _verdicts(found.runs, parts, settings)
     folder = _folder(found, settings, outputs)
     with _parent(found, uri) as tracker:  # its process imports MLflow while the figures are drawn

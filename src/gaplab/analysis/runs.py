@@ -1,6 +1,6 @@
 """Runs read back, from their folders or from MLflow, as one kind of record."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 from gaplab import config as configs
 from gaplab.errors import UserError
 from gaplab.files import check_yaml, plain, read_json, read_text
+from gaplab.provenance import Tags, attempts
 from gaplab.sweep import find_sweep, listed_jobs
 from gaplab.tracking.journal import LARGEST, read_journal, read_receipt
 
@@ -22,7 +23,7 @@ class Run:
 
     `settings` are the leaves of its config as text, without what does not decide the numbers; `metrics` the last values
     by their MLflow names, and `history` those of every step: {name: {step: value}}; `batchnorm` how it was computed on
-    several devices.
+    several devices; `attempts` the tags of each start that its numbers come from.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Run:
     batchnorm: str = ""
     digest: str = ""
     classes: int = 0
+    attempts: Sequence[Tags] = field(default_factory=list)
 
 
 @dataclass
@@ -124,7 +126,8 @@ def read_run(folder: Path) -> Run:
     history: dict[str, dict[int, float]] = {}
     tags: dict[str, Any] = {}
     digest, classes, end = "", 0, "RUNNING"
-    for event in read_journal(folder):
+    events = list(read_journal(folder))
+    for event in events:
         if event["event"] in ("run", "finish"):
             end = str(event.get("status", "RUNNING"))
         elif event["event"] == "params":
@@ -151,6 +154,7 @@ def read_run(folder: Path) -> Run:
             "history": history,
             "digest": digest,
             "classes": classes,
+            "attempts": attempts(events),
         },
     )
 
@@ -191,6 +195,7 @@ def _run(origin: str, found: dict[str, Any]) -> Run:
         batchnorm=tags.get("batchnorm", ""),
         digest=plain(found["digest"]),
         classes=found["classes"] if isinstance(found["classes"], int) else 0,
+        attempts=found.get("attempts", [found["tags"]]),
     )
 
 
