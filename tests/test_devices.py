@@ -142,15 +142,15 @@ def test_a_rank_told_to_stop_while_it_evaluates_stops_all_and_they_evaluate_agai
     folder = tmp_path / "run"
 
     def be_told_in_rank_1(rank: int) -> None:
-        batches = DataModule.batches
+        labelled = DataModule.labelled
 
         def told(self, name: str, shared: bool = False):
-            for number, batch in enumerate(batches(self, name, shared)):
+            for number, batch in enumerate(labelled(self, name, shared)):
                 if (rank, name, number) == (1, "train", 2):
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-        DataModule.batches = told
+        DataModule.labelled = told
 
     children, _store = start_ranks(config, folder, be_told_in_rank_1)
     assert [wait_for(child) for child in children] == [143, 143]
