@@ -17,7 +17,7 @@ from gaplab import stats
 from gaplab.errors import UserError
 from gaplab.evaluation import Answers, answer, compare, evaluate, evaluation, pair
 from gaplab.metrics import Score, gap, paired_difference
-from gaplab.trained import find_run, load_run
+from gaplab.trained import load_run
 
 
 def settings(outputs, *words):
@@ -178,19 +178,13 @@ def test_data_of_another_shape_or_without_a_test_part_are_refused(trained_runs, 
         evaluate(settings(outputs, *words, "data.channels=1", "data.image_size=28"))
 
 
-def test_runs_are_found_by_folder_name_and_latest(trained_runs, outputs, tmp_path):
-    one, other = trained_runs
-    assert find_run("latest", outputs) == other
-    assert find_run("run0", outputs) == find_run(str(one), outputs) == one
-    job = tmp_path / "sweeps" / "s" / "3_seed=1"
-    shutil.copytree(one, job)
+def test_the_latest_run_is_evaluated_even_if_it_is_a_job(trained_runs, outputs, tmp_path, capsys):
+    assert load_run("latest", outputs, None).config.seed == 1
+    job = tmp_path / "sweeps" / "s" / "3_seed=0"
+    shutil.copytree(trained_runs[0], job)
     (job.parent / "sweep.json").write_text("{}")
-    assert find_run("3_seed=1", tmp_path) == job
-    with pytest.raises(UserError, match="a sweep; name one of the jobs"):
-        find_run(str(job.parent), tmp_path)
-    with pytest.raises(UserError, match="no run in"):
-        find_run("latest", tmp_path)
-    assert load_run(str(job), tmp_path, None).config.seed == 0
+    assert load_run("latest", tmp_path, None).folder == job
+    assert capsys.readouterr().err == "run=latest is runs/run1\nrun=latest is sweeps/s/3_seed=0\n"
 
 
 def test_damaged_weights_are_named(trained_runs, tmp_path):

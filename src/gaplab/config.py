@@ -324,7 +324,8 @@ class Sweep:
     claim: str | None = key(None, "Claim whose rule turns the sweep's numbers into a verdict.", CLAIMS)
     dry_run: bool = key(False, "Print the jobs and the estimated time, run nothing.")
     resume: str | None = key(
-        None, "Folder of a sweep to go on with, or latest: finished jobs are skipped, the rest run."
+        None,
+        "Folder of a sweep to go on with, or latest, the one that began last: finished jobs are skipped, the rest run.",
     )
     allow_divergence: bool = key(
         False, "A loss that is not finite is a result of the sweep, not a failure: it ends with status 0."
@@ -374,7 +375,9 @@ class Config:
         0, "Seed of the split, the data order, the initial weights and every other draw.", Range(0, 2**32 - 1)
     )
     name: str | None = key(None, "Name of the run; null to say what it is.")
-    resume: str | None = key(None, "Folder of a run to go on with exactly where it was, or latest.")
+    resume: str | None = key(
+        None, "Folder of a run to go on with exactly where it was, or latest, the one outside sweeps that began last."
+    )
     figures: bool = key(True, "Draw the run's figures; a sweep of short runs is faster without.")
     allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that _target_ may name.")
 
@@ -403,7 +406,9 @@ class Named:
     """A trained network, named by a person; what a command about one is told."""
 
     run: str | None = key(
-        None, "A run: latest, a folder, its name, or its id in MLflow; null with no model either means latest."
+        None,
+        "A run: latest (that began last, jobs of sweeps included), a folder, its name, or its id in MLflow; null with "
+        "no model either means latest.",
     )
     model_uri: str | None = key(
         None, "Instead of a run, a model: models:/<name>@<alias> or models:/<name>/<version>; typed as model=…."
@@ -441,7 +446,8 @@ class Promote:
     """What `src/promote.py` does to the registry."""
 
     run: str | None = key(
-        None, "A run whose model to register and judge: latest, a folder, its name, or its id in MLflow."
+        None,
+        "A run whose model to register and judge: latest, a folder, its name, or its id in MLflow, as in evaluate.",
     )
     version: int | None = key(None, "A version in the registry to judge once more.", POSITIVE)
     force: bool = key(False, "Make it champion whatever the gate says.")

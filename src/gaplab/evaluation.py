@@ -161,7 +161,7 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
     uri = settings.tracking.uri if isinstance(settings.tracking, MLflow) else None
     network = load(settings.run, settings.model_uri, outputs, uri, typed)
-    other = None if settings.against is None else load_either(settings.against, outputs, uri, typed)
+    other = None if settings.against is None else load_either("against", settings.against, outputs, uri, typed)
     if other is not None:
         check_same_kind(network, other)
     data, what = _data(network, settings, outputs)

@@ -18,6 +18,7 @@ from gaplab import interrupt, provenance, torchrun
 from gaplab.config import Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
+from gaplab.finder import find_run
 from gaplab.machine import uncollected
 from gaplab.notes import NOTE, of_run
 from gaplab.recovery import recover
@@ -176,7 +177,9 @@ def resume(wanted: Config, typed: list[str]) -> Path | None:
     if others:
         raise UserError(f"resume: goes on with the run's own config, so {others[0]} cannot be said; begin a new run")
     assert wanted.resume is not None
-    folder = find_run(configs.folder("paths.outputs", wanted.paths.outputs), wanted.resume)
+    folder = find_run(configs.folder("paths.outputs", wanted.paths.outputs), wanted.resume, "resume", resumable=True)
+    if folder is None:
+        raise UserError(f"resume={wanted.resume}: no folder of this run here")
     for one in (folder, folder / "checkpoints"):
         if one.is_dir():
             refuse_links(one)
@@ -194,23 +197,6 @@ def resume(wanted: Config, typed: list[str]) -> Path | None:
         return None
     launch(config, folder)
     return folder
-
-
-def find_run(outputs: Path, name: str) -> Path:
-    """The folder of a run by its path, its name in `outputs/runs`, or `latest`. Raises UserError."""
-    runs = outputs / "runs"
-    if name == "latest":
-        found = sorted(path.parent for path in runs.glob("*/config.yaml"))
-        if not found:
-            raise UserError(f"no run in {runs}")
-        return found[-1]
-    for folder in (configs.folder("resume", name), runs / name):
-        if (folder / "sweep.json").is_file() or (folder.parent / "sweep.json").is_file():
-            sweep = folder if (folder / "sweep.json").is_file() else folder.parent
-            raise UserError(f"{name}: of a sweep; go on with python src/train.py -m sweep.resume={sweep.name}")
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"{name}: no run there (no config.yaml), nor in {runs}")
 
 
 def tracking(folder: Path, config: Config) -> Tracking:

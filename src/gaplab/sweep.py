@@ -28,6 +28,7 @@ from gaplab import interrupt, launch, provenance
 from gaplab.config import Config
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
+from gaplab.finder import find_sweep
 from gaplab.live import LiveView, print_jobs, print_outcome
 from gaplab.machine import uncollected, usable_cores
 from gaplab.notes import NOTE, asked, counts, joined
@@ -90,7 +91,7 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
     resume = hydra_config.sweep.resume
     if resume and all(word.lstrip("+").startswith(("sweep.", "paths.", "allowed_targets=")) for word in typed):
         outputs = configs.folder("paths.outputs", hydra_config.paths.outputs)
-        folder = find_sweep(outputs, resume)
+        folder = find_sweep(outputs, resume, "sweep.resume")
         jobs = saved_jobs(folder)
         if not jobs:
             raise UserError(f"{plain(folder)}: a sweep without jobs")
@@ -99,7 +100,7 @@ def sweep(hydra_config: Any, context: Any, params: list[str], typed: list[str]) 
         settings = jobs[0].config
         outputs = configs.folder("paths.outputs", settings.paths.outputs)
         name = settings.sweep.claim or settings.name or f"{settings.data.name}_{settings.model.name}"
-        folder = find_sweep(outputs, resume) if resume else _new_folder(outputs, name)
+        folder = find_sweep(outputs, resume, "sweep.resume") if resume else _new_folder(outputs, name)
         jobs = _placed(folder, saved_jobs(folder) if resume else [], jobs)
     for job in jobs:  # saved ones, too
         configs.check_trust(job.config, typed)
@@ -212,20 +213,6 @@ def _stopped_with(folder: Path) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def find_sweep(outputs: Path, name: str = "latest") -> Path:
-    """The folder of a sweep by its path, its name in `outputs/sweeps`, or `latest`. Raises UserError."""
-    sweeps = outputs / "sweeps"
-    if name == "latest":
-        found = sorted(path.parent for path in sweeps.glob("*/sweep.json"))
-        if not found:
-            raise UserError(f"no sweep in {sweeps}; run one with python src/train.py -m …")
-        return found[-1]
-    for folder in (configs.folder("sweep", name), sweeps / name):
-        if (folder / "sweep.json").is_file():
-            return folder
-    raise UserError(f"{name}: no sweep there (no sweep.json), nor in {sweeps}")
 
 
 def saved_jobs(folder: Path) -> list[Job]:

@@ -14,6 +14,7 @@ from gaplab.config import Config
 from gaplab.errors import UserError
 from gaplab.export import Probabilities, best_network
 from gaplab.files import plain, read_json, read_text
+from gaplab.finder import find_run
 from gaplab.tracking.journal import read_receipt
 
 
@@ -48,7 +49,7 @@ def load(run: str | None, model: str | None, outputs: Path, uri: str | None, typ
     """A run, or a model of the registry; neither means the latest run. Raises UserError.
 
     Args:
-        run: `latest`, a folder, its name, a job's too, or the id of the run in MLflow.
+        run: as `finder.find_run` takes it.
         model: an address as `models:/gaplab@champion`.
         outputs: folder of runs and sweeps.
         uri: of the tracking store; None without one.
@@ -57,45 +58,23 @@ def load(run: str | None, model: str | None, outputs: Path, uri: str | None, typ
     return load_run(run or "latest", outputs, uri, typed) if model is None else load_model(model, uri, typed)
 
 
-def load_either(name: str, outputs: Path, uri: str | None, typed: Sequence[str]) -> Trained:
-    """As `load`, by an address or a run's name alone."""
-    return load_model(name, uri, typed) if name.startswith("models:") else load_run(name, outputs, uri, typed)
+def load_either(key: str, name: str, outputs: Path, uri: str | None, typed: Sequence[str]) -> Trained:
+    """As `load`, by an address or a run's name alone, typed for `key`."""
+    return load_model(name, uri, typed) if name.startswith("models:") else load_run(name, outputs, uri, typed, key)
 
 
-def load_run(name: str, outputs: Path, uri: str | None, typed: Sequence[str] = ()) -> Trained:
+def load_run(name: str, outputs: Path, uri: str | None, typed: Sequence[str] = (), key: str = "run") -> Trained:
     """The network of a run's best epoch; as `load`."""
-    folder = find_run(name, outputs)
+    folder = find_run(outputs, name, key, "checkpoints/best.ckpt")
     if folder is not None:
         return _of_folder(folder, folder, read_receipt(folder).get("run_id"), typed)
     if uri is None:
-        raise UserError(f"run={name}: no folder of it here, and tracking=none")
+        raise UserError(f"{key}={name}: no folder of it here, and tracking=none")
     from gaplab.tracking.store import download
 
     with tempfile.TemporaryDirectory(prefix="gaplab-") as target:
         download(uri, name, ["config.yaml", "checkpoints/best.ckpt", "checkpoints/best.ckpt.sha256"], Path(target))
         return _of_folder(Path(target), None, name, typed)
-
-
-def find_run(name: str, outputs: Path) -> Path | None:
-    """The folder of a run or of a job of a sweep, None for an MLflow id that none here has. Raises UserError."""
-    runs = outputs / "runs"
-    if name == "latest":
-        found = sorted(path.parents[1] for path in runs.glob("*/checkpoints/best.ckpt"))
-        if not found:
-            raise UserError(f"run=latest: no run in {runs} that has finished an epoch")
-        return found[-1]
-    if configs.is_run_id(name):
-        folders = [
-            path.parent for pattern in ("runs/*", "sweeps/*/*") for path in outputs.glob(f"{pattern}/mlflow.json")
-        ]
-        return next((folder for folder in folders if read_receipt(folder).get("run_id") == name), None)
-    jobs = [path for path in sorted(outputs.glob("sweeps/*/*")) if path.name == name]
-    for folder in (configs.folder("run", name), runs / name, *reversed(jobs)):  # of several jobs, the newest sweep's
-        if (folder / "sweep.json").is_file():
-            raise UserError(f"run={name}: a sweep; name one of the jobs in it")
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"run={name}: no run there (no config.yaml), nor in {runs}, nor a job of that name")
 
 
 def _of_folder(source: Path, folder: Path | None, run_id: str | None, typed: Sequence[str]) -> Trained:

@@ -154,7 +154,7 @@ def test_hand_picked_runs_and_claims(tmp_path: Path, capsys):
     [
         ({}, "no sweep in "),
         ({"sweep": "nowhere"}, "nowhere: no sweep there"),
-        ({"runs": ["nowhere"]}, "runs: nowhere is neither a run's folder nor an MLflow run id"),
+        ({"runs": ["nowhere"]}, "runs=nowhere: no run there"),
         ({"sweep": "0" * 32}, "no such store"),
     ],
 )

@@ -10,8 +10,9 @@ import yaml
 from gaplab import config as configs
 from gaplab.errors import UserError
 from gaplab.files import check_yaml, plain, read_json, read_text
+from gaplab.finder import find_run, find_sweep
 from gaplab.provenance import Tags, attempts
-from gaplab.sweep import find_sweep, listed_jobs
+from gaplab.sweep import listed_jobs
 from gaplab.tracking.journal import LARGEST, read_journal, read_receipt
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -72,7 +73,7 @@ def collect(outputs: Path, uri: str, sweeps: list[str], picked: list[str]) -> Co
     """
     if picked:
         found = Collection(f"{len(picked)} picked runs", [])
-        folders = [_run_folder(outputs, name) for name in picked]
+        folders = [None if configs.is_run_id(name) else find_run(outputs, name, "runs") for name in picked]
         ids = [name for name, folder in zip(picked, folders, strict=True) if folder is None]
         stored = _stored(uri, ids, found.notes) if ids else {}
         for name, folder in zip(picked, folders, strict=True):
@@ -98,7 +99,7 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
         parent, children, deleted = read_children(uri, name)
         notes = [f"{deleted} of its runs are deleted in MLflow"] if deleted else []
         return Collection(plain(parent), _from_mlflow(children, notes), notes=notes)
-    folder = find_sweep(outputs, name)
+    folder = find_sweep(outputs, name, "sweep")
     found = Collection(folder.name, [], folder)
     for job, _ in listed_jobs(folder):
         if not (folder / job).is_dir():
@@ -109,15 +110,6 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
         except UserError as error:
             found.notes.append(f"left out, unreadable: {error}")
     return found
-
-
-def _run_folder(outputs: Path, name: str) -> Path | None:
-    if configs.is_run_id(name):
-        return None
-    for folder in (configs.folder("runs", name), outputs / "runs" / name, *outputs.glob(f"sweeps/*/{name}")):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"runs: {name} is neither a run's folder nor an MLflow run id")
 
 
 def read_run(folder: Path) -> Run:
