@@ -1,21 +1,14 @@
 """What is on pictures: `python src/predict.py run=latest images=photo.png`."""
 
-import hydra
-from omegaconf import DictConfig
-
-from gaplab import cli, config, launch
-
-config.register()
+from gaplab import cli, config
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
-@cli.job
-def main(cfg: DictConfig) -> None:
-    settings = config.predict_from_hydra(cfg, launch.overrides())
+@cli.command("predict")
+def main(settings: config.Predict, typed: list[str]) -> None:
     from gaplab.prediction import predict  # torch: seconds
 
-    predict(settings, launch.overrides())
+    predict(settings, typed)
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.predict_help, paths=("images", "model_uri", "run", "output"))
+    main()

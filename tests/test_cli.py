@@ -1,13 +1,19 @@
 """Every wrong input ends in one line and status 2; nothing is left behind."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, train_py
+from conftest import assert_refused, train_py, typed
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from gaplab import cli
 from gaplab import config as configs
+from gaplab.errors import UserError
+
+PARSER = OverridesParser.create()
 
 BAD = {
     "model.bnn=true": 'model.bnn: no such key in model; did you mean "bn"?',
@@ -23,6 +29,15 @@ BAD = {
     "trainer=ddp data.batch_size=2 model.bn=true": "data.batch_size=2: BatchNorm needs 2 samples on each of 2 devices",
     "trainer=ddp trainer.accelerator=cpu trainer.sync_batchnorm=true": "trainer.sync_batchnorm=true: needs GPUs; on ",
     "trainer.sync_batchnorm=maybe": "trainer.sync_batchnorm=maybe: must be auto, true or false",
+    "model.bn=2": "model.bn=2: must be true or false",
+    "-m model.bn=0,1,2": "model.bn=0,1,2: must be true or false",
+    "--cfg job model.dropout=2": "model.dropout=2.0: must be a number in [0, 1)",
+    "--cfg all data.root=nowhere": "data.root=nowhere: no such folder",
+    "--cfg job claim=overfitting": "claim=overfitting: said of a sweep; add -m",
+    "--cfg job resume=nowhere": "nowhere: no run there",
+    "--info config seed=-5": "seed=-5: must be",
+    "model.kwargs.a=é": "model.kwargs.a=é: not understood; expected key=value, quoted where Hydra or the shell needs "
+    "it: 'model.kwargs.a=\"é\"'",
     "trainer.sync_batchnorm=1": "trainer.sync_batchnorm=1: must be auto, true or false",
     "trainer.node_rank=1": "trainer.node_rank=1: must be below trainer.num_nodes=1; the first machine is 0",
     "trainer.num_nodes=2": "trainer.rdzv_endpoint=null: with trainer.num_nodes=2 it must be host:port of ",
@@ -30,6 +45,8 @@ BAD = {
     "trainer.accelerator=cuda": "trainer.accelerator=cuda: no CUDA device here",
     "model._target_=os.system": "model._target_=os.system: package 'os' is not in allowed_targets",
     "model=mlpp": 'model=mlpp: did you mean "mlp"? choose one of cnn, custom, mlp, resnet, torchvision',
+    "--foo": "unrecognized arguments: --foo; --help shows what can be typed",
+    "seed=0 --cfg job model.dropout=1": "model.dropout=1.0: must be a number in [0, 1)",
     "modell=mlp": 'modell: no such key; did you mean "model"?',
     "+model.foo=1": "model.foo: no such key",
     "foo": "foo: not understood; expected key=value",
@@ -125,6 +142,66 @@ def test_words_of_hydra_that_go_past_the_checks_are_refused(word: str, tmp_path:
     assert_refused(train_py(word, cwd=tmp_path), word.partition("=")[0] + ": ")
 
 
+@pytest.mark.parametrize("name", configs.COMMANDS)
+def test_without_the_environment_a_command_names_the_one_to_use(name: str):
+    command = [sys.executable, "-S", f"src/{name}.py", "a=b c"]  # without site-packages
+    done = subprocess.run(command, cwd=configs.PROJECT, capture_output=True, text=True)
+    assert_refused(done, f" has no hydra; .venv/bin/python src/{name}.py 'a=b c'\n")
+
+
+def test_an_environment_that_was_never_made_is_to_be_set_up(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(cli, "PROJECT", tmp_path)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "torch" else name)
+    monkeypatch.setattr(sys, "argv", ["src/train.py", "seed=1"])
+    setup = f"run make -C {tmp_path} setup, then {tmp_path}/.venv/bin/python {tmp_path}/src/train.py seed=1"
+    with pytest.raises(UserError, match=re.escape(f"{sys.executable} has no torch; {setup}")):
+        cli._check_environment("train")
+
+
+TEXTS = ["/home/José/x", "a b", "a,b", "a (1).png", "0_model.bn=true_seed=0", "~/x", "5.10", "1e3", "true", "C:\\x\\",
+         "\\", 'a"b', "it's", "#!&;", "{a}", '\\\\"', " a ", "$HOME", "plain/text_1.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("train", "data.root"), ("train", "resume"), ("train", "+tracking.tags.x"), ("report", "sweep"),
+     ("evaluate", "run"), ("evaluate", "against"), ("predict", "images"), ("promote", "run"),
+     ("sync", "paths.outputs")],
+)  # fmt: skip
+def test_free_text_is_taken_as_it_was_typed(name: str, key: str, text: str):
+    override = PARSER.parse_override(cli.as_hydra_reads(f"{key}={text}", name))
+    assert (override.key_or_group, override.value()) == (key.lstrip("+"), text)
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("data.root=/a (1),/b", 'data.root="/a (1)",/b'),
+        ("sweep.resume=/a,b", 'sweep.resume="/a,b"'),
+        ("paths.outputs=/a,b", 'paths.outputs="/a,b"'),
+        ("data.root=choice(/a,/b)", "data.root=choice(/a,/b)"),
+        ("model.init=orthogonal,lsuv", "model.init=orthogonal,lsuv"),
+    ],
+)
+def test_a_comma_separates_the_values_of_a_sweep_and_of_nothing_else(word: str, read: str):
+    assert cli.as_hydra_reads(word, "train", multirun=True) == read
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("images=[a.png,b.png]", "predict"), ("runs=[a,b]", "report"), ("name=null", "train"), ("data=mnist", "train"),
+     ('name="a b"', "train"), ("data.root=${oc.env:HOME}/x", "train"), ("model.bn=1", "train"), ("seed=5.0", "train")],
+)  # fmt: skip
+def test_what_is_no_free_text_stays(word: str, name: str):
+    assert cli.as_hydra_reads(word, name) == word
+
+
+def test_a_command_without_a_value_to_work_on_is_refused(tmp_path: Path):
+    done = typed("report", "-m", "margin=range(3,0)", f"paths.outputs={tmp_path}")
+    assert_refused(done, f"margin=range(3,0) paths.outputs={tmp_path}: no value in it, so there is nothing to do")
+
+
 def test_leaving_early_calls_whom_python_calls_at_exit_and_keeps_the_status():
     code = (
         "import atexit, sys, threading; sys.path.insert(0, 'src'); from gaplab import cli\n"
@@ -133,7 +210,7 @@ def test_leaving_early_calls_whom_python_calls_at_exit_and_keeps_the_status():
         "    atexit.register(print, 'handlers')\n"
         "    threading.Timer(0.1, print, ['threads']).start()\n"
         "    raise SystemExit(3)\n"
-        "cli.run(main, lambda words: '')"
+        "cli.run(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=configs.PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gaplab import cli
 from gaplab import config as configs
+from gaplab.foreign import composed
 
 PROJECT = configs.PROJECT
 NO_MAKE = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # make test runs this
@@ -211,8 +213,9 @@ def composes(name: str, words: list[str]) -> bool:
     words = [word.replace("…", "somewhere") for word in words]
     flags = [word for word in words if word.startswith("-")]
     words = [word for word in words if not word.startswith("-")]
+    given = SimpleNamespace(config_name=None, config_dir=None, multirun=False, overrides=words)
     if "--help" in flags:
-        return bool(getattr(cli, f"{name}_help")(words))
+        return bool(cli.help_text(name, given))
     if "--hydra-help" in flags or set(flags) - {"-m"}:
         return False
     if name == "train" and "sweep.resume=latest" in words and "-m" not in flags:
@@ -227,12 +230,8 @@ def composes(name: str, words: list[str]) -> bool:
         choices = [[_one(word, end) for word in whole] for end in (0, -1)]
     for choice in choices:
         own = [word for word in choice if not word.startswith(("hydra/", "hydra."))]
-        if name in ("evaluate", "predict", "serve"):
-            own = [cli.as_hydra_reads(word, ("model_uri",)) for word in own]
-        cfg = cli._compose(name, own)
-        reader = getattr(configs, "from_hydra" if name == "train" else f"{name}_from_hydra")
-        takes_typed = name in ("train", "evaluate", "predict", "promote")
-        assert reader(cfg, own) if takes_typed else reader(cfg)
+        given.overrides = [cli.as_hydra_reads(word, name) for word in own]
+        assert cli.READERS[name](composed(name, given), own)
     return True
 
 

@@ -501,19 +501,44 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_")[:80]
 
 
+COMMANDS: dict[str, type] = {
+    "train": Config,
+    "report": Report,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "promote": Promote,
+    "serve": Serve,
+    "sync": Sync,
+    "ui": Ui,
+}
+
+
+def kinds(schema: type) -> dict[str, str]:
+    """{key: "bool", "text", or "texts" where a list or dict is allowed too} for the switches and the free texts of a
+    config: names, paths, addresses. Keys with a fixed set of values, numbers and lists of these are left out."""
+    found: dict[str, str] = {}
+    for item in fields(schema):
+        nested = SCHEMAS.get(item.name) or (
+            (item.type,) if isinstance(item.type, type) and is_dataclass(item.type) else ()
+        )
+        for one in nested:
+            found |= {f"{item.name}.{name}": kind for name, kind in kinds(one).items()}
+        if item.type in (bool, bool | None):
+            found[item.name] = "bool"
+        elif item.type in (str, str | None) and item.metadata["allowed"] is None:
+            found[item.name] = "text"
+        elif item.type == dict[str, str] or (item.type is Any and item.name in ("images", "runs", "sweep")):
+            found[item.name] = "texts"
+    return found
+
+
 def register() -> None:
-    """Make the schemas known to Hydra: `schema` itself, and `schema: <class name>` for the files of each group."""
+    """Make the schemas known to Hydra: one for each command, and `schema: <class name>` for the files of each group."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    store.store(name="report_schema", node=Report)
-    store.store(name="sync_schema", node=Sync)
-    store.store(name="ui_schema", node=Ui)
-    store.store(name="evaluate_schema", node=Evaluate)
-    store.store(name="predict_schema", node=Predict)
-    store.store(name="promote_schema", node=Promote)
-    store.store(name="serve_schema", node=Serve)
+    for name, schema in COMMANDS.items():
+        store.store(name="schema" if name == "train" else f"{name}_schema", node=schema)
     for classes in SCHEMAS.values():
         for schema in classes:
             store.store(group="schema", name=schema.__name__, node=schema)
@@ -532,7 +557,7 @@ def from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Config:
     return config
 
 
-def report_from_hydra(cfg: Any) -> Report:
+def report_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Report:
     """The typed, checked config of a report. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Report)
@@ -544,14 +569,14 @@ def report_from_hydra(cfg: Any) -> Report:
     return config
 
 
-def sync_from_hydra(cfg: Any) -> Sync:
+def sync_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Sync:
     """The typed config of a sync. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Sync)
     return config
 
 
-def ui_from_hydra(cfg: Any) -> Ui:
+def ui_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Ui:
     """The typed, checked config of MLflow's pages. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Ui)
@@ -594,7 +619,7 @@ def promote_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Promote:
     return config
 
 
-def serve_from_hydra(cfg: Any) -> Serve:
+def serve_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Serve:
     """The typed, checked config of a server. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Serve)

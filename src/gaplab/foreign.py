@@ -107,21 +107,35 @@ def _is_flat(params: Any) -> bool:
     )
 
 
+def composed(name: str, given: Any) -> Any:
+    """The config that the words of `src/<name>.py` compose, as Hydra parsed them into `given`; without `hydra`."""
+    from omegaconf import flag_override
+
+    cfg = _compose(given.config_name or name, given.overrides, given.config_dir, given.multirun)
+    with flag_override(cfg, ["struct", "readonly"], [False, False]):
+        del cfg["hydra"]
+    return cfg
+
+
 def _hydra(name: str | None, overrides: list[str], folder: str | None, multirun: bool) -> dict[str, Any]:
     """The `hydra` of a composed config, interpolations as they stand."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(_compose(name, overrides, folder, multirun).hydra, resolve=False)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _compose(name: str | None, overrides: list[str], folder: str | None, multirun: bool) -> Any:
     from hydra import version
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
     version.setbase("1.3")
     path = create_config_search_path(f"file://{PROJECT / 'conf'}")
     if folder is not None:
         path.prepend("command-line", f"file://{os.path.abspath(folder)}", SearchPathQuery(provider="schema"))
     loader = ConfigLoaderImpl(path)
-    cfg = loader.load_configuration(name, overrides, RunMode.MULTIRUN if multirun else RunMode.RUN)
-    found = OmegaConf.to_container(cfg.hydra, resolve=False)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    return loader.load_configuration(name, overrides, RunMode.MULTIRUN if multirun else RunMode.RUN)

@@ -33,17 +33,25 @@ if TYPE_CHECKING:
 def main(config: Config, typed: list[str]) -> Path | None:
     """What `train.py` was asked for, a new run or to go on with one; its folder, unless another machine keeps it or it
     was finished before. Raises as `launch` does."""
-    _refuse_sweep_words(config)
-    _refuse_torchrun()
+    refuse(config, typed)
     if config.resume is not None:
         return resume(config, typed)
-    check_root(config.data)
     if config.trainer.node_rank:
         torchrun.join(config)
         return None
     folder = _make_folder(config, None)
     launch(config, folder)
     return folder
+
+
+def refuse(config: Config, typed: list[str]) -> None:
+    """Raises UserError for what `main` cannot do, as far as that is known before anything is imported or made."""
+    _refuse_sweep_words(config, typed)
+    _refuse_torchrun()
+    if config.resume is None:
+        check_root(config.data)
+    else:
+        _resumed(config, typed)
 
 
 def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, condition: str = "") -> RunResult:
@@ -171,6 +179,20 @@ def _explained_disk(folder: Path) -> Iterator[None]:
 
 def resume(wanted: Config, typed: list[str]) -> Path | None:
     """Go on with the run that `wanted.resume` names, in its own words; its folder, as `main`. Raises as `main`."""
+    folder, config = _resumed(wanted, typed)
+    result = read_json(folder / "result.json")
+    if result.get("status") == "FINISHED":
+        print(f"{configs.run_name(config)}  in {folder} is finished")
+        return None
+    if config.trainer.node_rank:
+        torchrun.join(config)
+        return None
+    launch(config, folder)
+    return folder
+
+
+def _resumed(wanted: Config, typed: list[str]) -> tuple[Path, Config]:
+    """The folder of the run that `wanted.resume` names, and the config to go on with."""
     devices = ("devices", "num_nodes", "node_rank", "rdzv_endpoint", "join_timeout_s", "rank_timeout_s")
     usual = ("resume=", "paths.outputs=", "allowed_targets=", *(f"trainer.{name}=" for name in devices))
     others = [word for word in typed if not word.lstrip("+").startswith(usual)]
@@ -188,15 +210,7 @@ def resume(wanted: Config, typed: list[str]) -> Path | None:
     config = replace(config, trainer=replace(config.trainer, **{name: getattr(wanted.trainer, name) for name in said}))
     configs.check(config)
     configs.check_trust(config, typed)
-    result = read_json(folder / "result.json")
-    if result.get("status") == "FINISHED":
-        print(f"{configs.run_name(config)}  in {folder} is finished")
-        return None
-    if config.trainer.node_rank:
-        torchrun.join(config)
-        return None
-    launch(config, folder)
-    return folder
+    return folder, config
 
 
 def tracking(folder: Path, config: Config) -> Tracking:
@@ -207,13 +221,13 @@ def tracking(folder: Path, config: Config) -> Tracking:
     return config.tracking
 
 
-def _refuse_sweep_words(config: Config) -> None:
+def _refuse_sweep_words(config: Config, typed: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         raise UserError("hydra/sweeper: only gaplab's keeps a sweep together; leave hydra/sweeper out")
-    claim = next((word for word in overrides() if word.startswith("claim=") and word != "claim=null"), None)
+    claim = next((word for word in typed if word.startswith("claim=") and word != "claim=null"), None)
     if claim or config.sweep.resume or config.sweep.dry_run:
         raise UserError(f"{claim or 'sweep.resume and sweep.dry_run'}: said of a sweep; add -m")
 

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +24,19 @@ def memory() -> int:
 def usable_cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def command(name: str, *words: str) -> str:
+    """What to type, in this folder and shell, for `src/<name>.py` with these words under the Python that runs now."""
+    python = Path(sys.executable)
+    on_path = shutil.which(python.name)
+    program = python.name if on_path and Path(on_path).parent == python.parent else from_here(python)
+    return shlex.join([program, from_here(Path(__file__).resolve().parents[1] / f"{name}.py"), *words])
+
+
+def from_here(path: Path) -> str:
+    """`path` as short as it can be typed: relative where it lies below the working folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 @contextmanager
