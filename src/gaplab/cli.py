@@ -287,7 +287,7 @@ def as_hydra_reads(word: str, name: str, multirun: bool = False) -> str:
         _check_bool(word, value)
     if kind not in ("text", "texts") or not equals or value.lower() in ("", "null") or FUNCTION.fullmatch(value):
         return word
-    if "${" in value or value[0] in ("'", '"') or (kind == "texts" and value[0] + value[-1] in ("[]", "{}")):
+    if "${" in value or value[0] in ("'", '"') or (kind == "texts" and value[0] + value[-1] == "[]"):
         return word
     if multirun:
         from gaplab.sweep import NOT_SWEPT

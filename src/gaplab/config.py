@@ -514,8 +514,8 @@ COMMANDS: dict[str, type] = {
 
 
 def kinds(schema: type) -> dict[str, str]:
-    """{key: "bool", "text", or "texts" where a list or dict is allowed too} for the switches and the free texts of a
-    config: names, paths, addresses. Keys with a fixed set of values, numbers and lists of these are left out."""
+    """{key: "bool", "text", "texts" where a list is allowed too, or "dict of texts"}, of the switches and free texts of
+    a config: names, paths, addresses. Keys with a fixed set of values, numbers and lists of these are left out."""
     found: dict[str, str] = {}
     for item in fields(schema):
         nested = SCHEMAS.get(item.name) or (
@@ -527,8 +527,10 @@ def kinds(schema: type) -> dict[str, str]:
             found[item.name] = "bool"
         elif item.type in (str, str | None) and item.metadata["allowed"] is None:
             found[item.name] = "text"
-        elif item.type == dict[str, str] or (item.type is Any and item.name in ("images", "runs", "sweep")):
+        elif item.type is Any and item.name in ("images", "runs", "sweep"):
             found[item.name] = "texts"
+        elif item.type == dict[str, str]:
+            found[item.name] = "dict of texts"
     return found
 
 
