@@ -14,7 +14,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-full test-faults test-cluster test-ui check format ui serve bench clean
+.PHONY: help setup train sweep report sync test test-full test-portable test-faults test-cluster test-ui check format ui serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test: $(READY) ## run the tests on two cores, without the slow ones
 
 test-full: $(READY) ## the same, and the slow ones; run it before a release
 	@$(BIN)/python -m pytest $(TESTS)
+
+test-portable: $(READY) ## the same as on other CPUs, with 2 threads and with other seeds; for an hour (VARIANTS=… for some)
+	@$(BIN)/python tests/portable.py $(VARIANTS)
 
 test-faults: $(READY) ## kills, full disks, broken servers, hostile files, generated commands; as root, for half an hour or more
 	@$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/faults

@@ -166,6 +166,7 @@ def test_each_rank_draws_its_own_dropout(drawn):
     assert not torch.equal(ranks[0]["rng"]["torch"], ranks[1]["rng"]["torch"])
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_the_run_with_its_name_and_one_device_goes_on(tmp_path):
     process = started(*ODD, *EXACT, "trainer=ddp", "trainer.max_epochs=40", f"paths.outputs={tmp_path}")
     while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")):

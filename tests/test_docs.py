@@ -139,6 +139,7 @@ def outputs(tmp_path_factory):
     return home, printed
 
 
+@pytest.mark.full
 def test_what_is_run_says_and_leaves_what_the_pages_promise(outputs):
     home, printed = outputs
     said = dict(zip(RUN, printed.values(), strict=True))

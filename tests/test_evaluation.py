@@ -223,4 +223,3 @@ def test_bad_input_is_named(outputs, words):
 def test_bad_input_is_one_line(outputs, tmp_path):
     where = "tracking=none", f"paths.outputs={outputs}"
     assert_refused(typed("evaluate", *where, "run=nothing (1)", cwd=tmp_path), "run=nothing (1): no run there")
-    assert_refused(typed("evaluate", *where, "run=latest", "model=models:/x/1", cwd=tmp_path), "one of them")

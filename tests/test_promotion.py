@@ -8,14 +8,14 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import SMALL, composed, typed
+from conftest import SMALL, composed
 from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
 from gaplab import launch
 from gaplab.config import Gate
 from gaplab.errors import UserError
-from gaplab.evaluation import Paired
+from gaplab.evaluation import Paired, evaluate
 from gaplab.export import best_network
 from gaplab.metrics import Gap, gap_change, paired_difference
 from gaplab.promotion import decide, promote
@@ -159,9 +159,9 @@ def test_the_better_and_the_equal_become_champion_and_the_worse_does_not(outputs
 
 
 def test_people_list_force_and_roll_back(outputs, capsys):
-    done = typed("promote", f"paths.outputs={outputs}")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines() if "better" in line] == [["4", "champion"]]
+    say(outputs)
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in listed if "better" in line] == [["4", "champion"]]
     say(outputs, "version=4")
     assert capsys.readouterr().out == "gaplab: version 4 is champion already\n"
     say(outputs, "version=3", "force=true")
@@ -172,12 +172,13 @@ def test_people_list_force_and_roll_back(outputs, capsys):
     assert registry(outputs).champion().number == 4
 
 
-def test_the_champion_is_evaluated_and_asked_by_its_address(outputs):
-    where = f"paths.outputs={outputs}"
-    done = typed("evaluate", where, "model=models:/gaplab@champion", "against=first")  # as a person types it
-    assert done.returncode == 0, done.stderr
+def test_the_champion_is_evaluated_and_asked_by_its_address(outputs, capsys):
+    words = [f"paths.outputs={outputs}", "model_uri=models:/gaplab@champion", "against=first"]
+    with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("evaluate", words)
+    evaluate(configs.evaluate_from_hydra(cfg, words))
     better = json.loads((outputs / "runs" / "better" / "result.json").read_text())
-    assert f"accuracy                      {better['test_acc']:.4f}" in done.stdout
+    assert f"accuracy                      {better['test_acc']:.4f}" in capsys.readouterr().out
     from mlflow import MlflowClient
 
     run = MlflowClient(f"sqlite:///{outputs}/mlflow.db").get_run(better["run_id"])

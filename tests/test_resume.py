@@ -79,10 +79,10 @@ def test_a_run_stopped_at_any_step_goes_on_there(step: int, undisturbed, tmp_pat
 
 
 def test_a_run_stopped_while_it_is_evaluated_evaluates_again(undisturbed, tmp_path, monkeypatch):
-    original = DataModule.batches
+    original = DataModule.labelled
     calls = []
 
-    def batches(self, name: str, shared: bool):
+    def labelled(self, name: str, shared: bool):
         calls.append(name)
         for batch in original(self, name, shared):
             if calls == ["train", "valid", "train"]:
@@ -91,7 +91,7 @@ def test_a_run_stopped_while_it_is_evaluated_evaluates_again(undisturbed, tmp_pa
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(DataModule, "batches", batches)
+        patch.setattr(DataModule, "labelled", labelled)
         with pytest.raises(interrupt.Interrupted):
             launch.launch(composed(*RUN), folder)
     assert calls == ["train", "valid", "train"]
@@ -224,6 +224,7 @@ def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
         launch.launch(composed(*RUN), tmp_path)
 
 
+@pytest.mark.full
 def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: Path, capsys):
     keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.dropout=0.1"]
     keys += ["tracking.log_model=false"]

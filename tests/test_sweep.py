@@ -137,6 +137,7 @@ def test_a_sweep_reads_the_same_from_mlflow_as_from_its_folder(resumed):
         assert one.history["gap/acc"] == other.history["gap/acc"] if one.status == "FINISHED" else True
 
 
+@pytest.mark.full
 def test_more_seeds_are_added_to_a_sweep_and_jobs_run_side_by_side_with_the_same_bits(resumed, tmp_path):
     _, folder, _, _ = resumed
     arguments = [*SMALL, f"paths.outputs={tmp_path}", "trainer.max_epochs=3", "tracking=none", "optimizer.lr=0.001"]

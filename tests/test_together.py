@@ -169,19 +169,19 @@ def test_a_checkpoint_is_as_one_of_a_run_alone_and_is_gone_on_with_alone(tmp_pat
     assert_same([result(folders[1])], expected[1:])
 
 
-def test_one_of_16_that_diverges_ends_alone_and_the_others_do_not_notice(tmp_path):
+def test_one_of_6_that_diverges_ends_alone_and_the_others_do_not_notice(tmp_path):
     common = ["optimizer=sgd", "model.hidden_dims=[16]", "trainer.max_epochs=1", *EXACT]
-    words = [[*common, f"seed={seed}", f"optimizer.lr={1e38 if seed == 5 else 0.1}"] for seed in range(16)]
+    words = [[*common, f"seed={seed}", f"optimizer.lr={1e38 if seed == 4 else 0.1}"] for seed in range(6)]
     found, problems = together(tmp_path / "sweeps" / "with", *words)
-    others, _ = together(tmp_path / "sweeps" / "without", *words[:5], *words[6:])
-    bad = found.pop(5)
+    others, _ = together(tmp_path / "sweeps" / "without", *words[:4], *words[5:])
+    bad = found.pop(4)
     assert (bad["status"], bad["diverged"]) == ("FAILED", True)
     assert bad["error"].startswith("the loss ")
     assert list(problems.values()) == [bad["error"]]
     assert_same(found, others)
     assert {one["status"] for one in found} == {"FINISHED"}
     log = (tmp_path / "sweeps" / "with" / "0_job" / "console.log").read_text()
-    assert "trained as one with 15 other runs: seconds are this run's share" in log
+    assert "trained as one with 5 other runs: seconds are this run's share" in log
 
 
 def test_one_that_stops_early_leaves_the_others_to_go_on(tmp_path):

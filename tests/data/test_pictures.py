@@ -1,6 +1,8 @@
 import io
 import multiprocessing
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -21,9 +23,13 @@ def module(root, *overrides):
 
 
 def picture_of(width, height):
+    """A PNG whose header has that size, and nothing else."""
     file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
-    return file.getvalue()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

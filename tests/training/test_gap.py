@@ -1,4 +1,4 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from gaplab.errors import UserError
 from gaplab.metrics import Score, gap
 from gaplab.result import RunResult
 from gaplab.tracking.journal import read_journal
+from gaplab.training import gap as gap_module
 from gaplab.training.gap import Epoch, GapCallback, predict, score
 
 CPU = torch.device("cpu")
@@ -98,12 +99,30 @@ def numbers(result: RunResult) -> dict[str, object]:
     }
 
 
-def test_the_train_split_is_evaluated_when_asked_after_the_last_and_for_the_best_epoch(run):
-    words = ["trainer.max_epochs=7", "optimizer.lr=0.02", "data.label_noise=0.2", "model.bn=true", "figures=true"]
+@pytest.fixture
+def stage_valid(monkeypatch):
+    """Has the valid split's accuracy be what is said of each epoch, whatever the network has learned."""
+
+    def stage(*correct: int) -> None:
+        left = iter(correct)
+
+        def staged(network, batches, *words):
+            found = score(network, batches, *words)
+            return replace(found, correct=next(left)) if found.total == 500 else found
+
+        monkeypatch.setattr(gap_module, "score", staged)
+
+    return stage
+
+
+def test_the_train_split_is_evaluated_when_asked_after_the_last_and_for_the_best_epoch(run, stage_valid):
+    words = ["trainer.max_epochs=7", "data.label_noise=0.2", "model.bn=true", "figures=true"]
+    stage_valid(100, 200, 300, 250, 400, 350, 300)
     every, every_folder = run(*words)
+    stage_valid(100, 200, 300, 250, 400, 350, 300)
     result, folder = run(*words, "metrics.train_every=3")
     best = result["best"]["epoch"]
-    assert best not in (3, 6, 7)  # else this shows less than it says
+    assert best == 5
     for name in ("train/acc", "train/loss", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/loss"):
         found, expected = logged(folder, name), logged(every_folder, name)
         assert set(found) == {3, 6, 7, best}
@@ -115,12 +134,14 @@ def test_the_train_split_is_evaluated_when_asked_after_the_last_and_for_the_best
     assert (folder / "figures" / "learning_curves.png").is_file()
 
 
-def test_a_run_that_stops_early_has_its_last_epochs_figures(run):
-    words = ["trainer.max_epochs=20", "trainer.early_stopping=2", "optimizer.lr=0.02", "model.bn=true"]
+def test_a_run_that_stops_early_has_its_last_epochs_figures(run, stage_valid):
+    words = ["trainer.max_epochs=20", "trainer.early_stopping=2", "model.bn=true"]
+    stage_valid(100, 300, 250, 200)
     every, _ = run(*words)
+    stage_valid(100, 300, 250, 200)
     result, folder = run(*words, "metrics.train_every=50")
-    assert result["epochs"] < 20
-    assert set(logged(folder, "gap/acc")) == {result["epochs"], result["best"]["epoch"]}
+    assert result["epochs"] == 4
+    assert set(logged(folder, "gap/acc")) == {2, 4}
     assert numbers(result) == numbers(every)
 
 
