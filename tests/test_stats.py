@@ -450,3 +450,10 @@ def test_against_pairs_by_seed():
         against(("d",), table, "".join)
     with pytest.raises(ValueError, match="same name"):
         against(("a",), table, lambda levels: "x")
+
+
+def test_an_interval_ends_at_its_bounds():
+    free, held = estimate([1.0, 0.9]), estimate([1.0, 0.9], bounds=(0, 1))
+    assert (held.mean, held.sd) == (free.mean, free.sd)
+    assert free.high > 1
+    assert (held.low, held.high) == (free.low, 1)

@@ -144,19 +144,20 @@ def found(content: Mapping[str, Any]) -> str:
         parts.append(
             f"**{escaped(section['data'])}**, last epoch, mean ± standard deviation over seeds; test of the best epoch"
         )
-        parts.append(_conditions(section["conditions"]))
-        parts += _contrasts(section, content["margin"])
+        parts.append("; ".join(f"{name} {escaped(text)}" for name, text in section["facts"].items() if name != "data"))
+        parts.append(_conditions(section["conditions"], section["gap"]))
+        parts += _outcomes(section, content["margin"])
     parts.append("Intervals, tests and figures: Artifacts, `report/report.html`.")
     return "\n\n".join(parts)
 
 
-def _conditions(conditions: Sequence[Mapping[str, Any]]) -> str:
+def _conditions(conditions: Sequence[Mapping[str, Any]], gap: str) -> str:
     rows = [
         [
-            code(one["label"]),
+            code(one["label"]) + (" highest valid" if one["best"] else ""),
             str(len(one["seeds"])),
             *(_estimate(one["estimates"].get(metric)) for metric in ("train/acc", "valid/acc")),
-            _estimate(one["estimates"].get("gap/acc"), 100, 2),
+            _estimate(one["estimates"].get(gap), 100, 2),
             _estimate(one["estimates"].get("test/acc")),
         ]
         for one in conditions[: 3 * SHOWN]
@@ -172,24 +173,36 @@ def _estimate(estimate: Mapping[str, Any] | None, factor: int = 1, digits: int =
     return f"{factor * estimate['mean']:.{digits}f}{sd}"
 
 
-def _contrasts(section: Mapping[str, Any], margin: float) -> Iterable[str]:
-    """A list for each metric and family: what differs, by how much, and whether that is real."""
-    for metric, families in section["contrasts"].items():
-        for family, contrasts in families.items():
-            if not contrasts or (family == "against" and len(section["factors"]) < 2):  # with one, both say the same
-                continue
-            first = section["conditions"][0]["label"]
-            what = "effects of what was varied" if family == "effects" else f"each condition against {code(first)}"
-            lines = [f"**{escaped(metric)}**, {what} (equivalent: within {margin_in(metric, margin)})", ""]
-            lines += [f"- {_contrast(metric, one)}" for one in contrasts[:SHOWN]]
-            if len(contrasts) > SHOWN:
-                lines.append(f"- … and {len(contrasts) - SHOWN} more")
-            yield "\n".join(lines)
+def _outcomes(section: Mapping[str, Any], margin: float) -> Iterable[str]:
+    """A list for each family: what differs, by how much, and the verdict on gap and validation accuracy together."""
+    for family, outcomes in section["outcomes"].items():
+        if not outcomes or (family == "against" and len(section["factors"]) < 2):  # with one, both say the same
+            continue
+        first = section["conditions"][0]["label"]
+        what = "Effects of what was varied" if family == "effects" else f"Each condition against {code(first)}"
+        lines = [f"**{what}** (equivalent: within {margins(section['contrasts'], margin)})", ""]
+        for one in outcomes[:SHOWN]:
+            verdict = f" **{one['verdict']}**:" if one["verdict"] else ""
+            contrasts = "; ".join(_contrast(metric, contrast) for metric, contrast in one["contrasts"].items())
+            lines.append(f"- {code(one['name'])}{verdict} {contrasts}")
+        if len(outcomes) > SHOWN:
+            lines.append(f"- … and {len(outcomes) - SHOWN} more")
+        yield "\n".join(lines)
 
 
 def margin_in(metric: str, margin: float) -> str:
     """A margin in the unit of `metric`: `0.2 pp` of an accuracy, `0.002 nats` of a loss."""
     return f"{100 * margin:g} pp" if "acc" in metric else f"{margin:g} nats" if "loss" in metric else f"{margin:g}"
+
+
+def margins(metrics: Iterable[str], margin: float) -> str:
+    """A margin in the unit of each of `metrics`."""
+    units: dict[str, list[str]] = {}
+    for metric in metrics:
+        units.setdefault(margin_in(metric, margin), []).append(metric)
+    if len(units) < 2:
+        return "".join(units)
+    return " or ".join(f"{unit} ({', '.join(alike)})" for unit, alike in units.items())
 
 
 def _contrast(metric: str, one: Mapping[str, Any]) -> str:
@@ -200,4 +213,4 @@ def _contrast(metric: str, one: Mapping[str, Any]) -> str:
         if one["low"] is not None and one["high"] is not None:
             size += f" [{factor * one['low']:+.{digits}f}, {factor * one['high']:+.{digits}f}]"
     needed = f" ({one['seeds_needed']} seeds would decide)" if one["seeds_needed"] else ""
-    return f"{code(one['name'])} **{one['verdict']}**{size and ','}{size}{needed}"
+    return f"{escaped(metric)}{size} {one['verdict']}{needed}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
-from math import fsum, isfinite, prod, sqrt
+from math import fsum, inf, isfinite, prod, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,14 +60,18 @@ class Contrast:
     reason: str = ""  # a sentence on what limits the verdict
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean, standard deviation and t interval of one condition over its seeds, at least one."""
+def estimate(values: Sequence[float], confidence: float = 0.95, bounds: tuple[float, float] = (-inf, inf)) -> Estimate:
+    """Mean, standard deviation and t interval of one condition over its seeds, at least one.
+
+    The interval ends at `bounds`, between which every value lies: cut off there, it covers the mean as often.
+    """
     x = _finite("the estimate", values)
     if not len(x):
         raise ValueError("there are no values to estimate a mean from")
     if len(x) == 1:
         return Estimate(1, _mean(x), None, None, None)
-    return Estimate(len(x), _mean(x), _sd(x), *_interval(x, confidence))
+    low, high = _interval(x, confidence)
+    return Estimate(len(x), _mean(x), _sd(x), max(low, bounds[0]), min(high, bounds[1]))
 
 
 def compare(

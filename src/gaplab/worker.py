@@ -185,6 +185,7 @@ def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> t
     sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
     tracker.dataset(config.data.name, digest, config.data.root, sizes)
+    tracker.tags({"params": str(result.params)})
     return data, network, digest
 
 

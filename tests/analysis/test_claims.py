@@ -162,3 +162,59 @@ def test_identity_is_exact_or_not():
         grid = {"model.bn": ["true"]}
         found = verdict("identity", grid, lambda *_, e=error: accuracies(1, 1) | {"bn/identity_error": e}, [0])
         assert found.verdict == expected
+
+
+def test_a_claim_over_joined_sweeps_takes_no_number_from_a_killed_run():
+    runs = synthetic(RATES, SEEDS, rates(1, 0.1, 0.01))
+    killed = synthetic(RATES, SEEDS, lambda *_: accuracies(0.1, 0.1))
+    for run in killed:
+        run.status, run.history["valid/acc"] = "KILLED", {1: 0.999}
+    expected, joined = (
+        judge("higher_lr", sections(every, ["gap/acc", "valid/acc"], 0.002)[0], 0.002)
+        for every in (runs, [*runs, *killed])
+    )
+    assert joined == expected
+    alone = sections(killed, ["gap/acc", "valid/acc"], 0.002)[0]
+    assert judge("higher_lr", alone, 0.002).verdict == "inconclusive"
+
+
+def test_identity_asks_every_finished_run_of_joined_sweeps_and_no_killed_one():
+    one, other, killed = (
+        synthetic({"model.bn": ["true"], "model.name": [name]}, [0], lambda *_, e=e: {"bn/identity_error": e})
+        for name, e in (("mlp", 1e-3), ("cnn", 1e-15), ("resnet20", 1.0))
+    )
+    for (run,), status in ((one, "FINISHED"), (other, "FINISHED"), (killed, "KILLED")):
+        run.name, run.status = "0_true_s0", status
+    (part,) = sections([*one, *other, *killed], [], 0.002)
+    found = judge("identity", part, 0.002)
+    assert found.verdict == "contradicted"
+    assert "at most 1.0e-03" in found.summary
+    assert found.evidence == ["2 trained networks in float64; asked for: at most 1e-10"]
+
+
+def test_a_smaller_gap_of_a_worse_network_is_called_so():
+    def measure(settings, seed):
+        bn = settings["model.bn"] == "true"
+        return accuracies(0.99 - 0.15 * bn, 0.90 - 0.06 * bn + 0.001 * noise(seed, bn))
+
+    found = verdict("overfitting", TOGGLES, measure)
+    assert found.verdict == "supported"
+    assert ", and lowers valid accuracy by " in found.summary
+    assert found.summary.endswith(" pp): smaller gap, worse network")
+
+
+def test_under_label_noise_the_gap_of_a_claim_is_the_one_against_the_true_labels():
+    def measure(settings, seed):
+        bn = settings["model.bn"] == "true"
+        clean = {"gap/acc_clean": 0.03 + 0.01 * bn + 0.0001 * noise(seed, bn), "train/acc_clean": 0.9}
+        return accuracies(0.5 - 0.2 * bn, 0.87) | clean
+
+    assert verdict("overfitting", TOGGLES, measure).verdict == "supported"
+    assert verdict("overfitting", TOGGLES | {"data.label_noise": ["0.3"]}, measure).verdict == "contradicted"
+
+
+def test_a_run_without_valid_accuracy_is_no_stable_rate():
+    runs = synthetic(RATES, SEEDS, rates(1, 0.1, 0.01))
+    runs[0].metrics.pop("valid/acc")
+    runs[0].history.pop("valid/acc")
+    assert judge("higher_lr", sections(runs, ["gap/acc"], 0.002)[0], 0.002).claim == "higher_lr"

@@ -28,18 +28,33 @@ CONTRAST = {
     "reason": "",
 }
 EMPTY = dict.fromkeys(CONTRAST) | {"name": "x", "n": 1, "verdict": "inconclusive", "reason": "1 seed <only>"}
+VALID = CONTRAST | {"difference": -0.0517, "verdict": "real", "seeds_needed": None}
+WORSE = {"name": "bn: true − false", "verdict": "worse network, gap undecided", "tone": "bad"}
 
 
 def build_report(**changes):
-    condition = {"label": "bn=false", "seeds": [0, 1, 2, 3, 4, 5], "failed": [], "diverged": [], "unfinished": []}
+    condition = {"label": "bn=false", "best": True, "seeds": [0, 1, 2, 3, 4, 5]}
+    condition |= {"failed": [], "diverged": [], "unfinished": []}
     estimates = {"gap/acc": ESTIMATE, "valid/acc": ESTIMATE | {"mean": 0.9772}}
-    lost = {"label": "bn=true", "seeds": [0], "diverged": [1, 2], "estimates": {"gap/acc": None, "valid/acc": None}}
+    lost = {
+        "label": "bn=true",
+        "best": False,
+        "seeds": [0],
+        "diverged": [1, 2],
+        "estimates": {"gap/acc": None, "valid/acc": None},
+    }
     section = {
         "data": "mnist",
+        "facts": {"network": "mlp hidden_dims=[64]", "images": "270 train, 30 valid"},
+        "gap": "gap/acc",
         "factors": {"bn": ["false", "true"], "init": ["a", "b"]},
         "notes": ["left out, diverged: 2 runs"],
         "conditions": [condition | {"estimates": estimates}, condition | lost],
-        "contrasts": {"gap/acc": {"effects": [CONTRAST], "against": [EMPTY]}},
+        "contrasts": {"gap/acc": {"effects": [CONTRAST], "against": [EMPTY]}, "valid/acc": {"effects": [VALID]}},
+        "outcomes": {
+            "effects": [WORSE | {"contrasts": {"gap/acc": CONTRAST, "valid/acc": VALID}}],
+            "against": [{"name": "x", "verdict": "", "tone": "open", "contrasts": {"gap/acc": EMPTY}}],
+        },
         "figures": ["mnist_conditions.png", "mnist_gone.png"],
     }
     verdict = {
@@ -57,6 +72,7 @@ def build_report(**changes):
         "margin": 0.002,
         "confidence": 0.95,
         "sources": ["outputs/sweeps/1"],
+        "commands": ["python src/train.py -m model.bn=false,true"],
         "notes": ["the folder of job 3 is gone"],
         "verdicts": [verdict],
         "sections": [section],
@@ -76,17 +92,24 @@ def words(html):
 
 def test_verdict_comes_first_then_what_was_left_out_then_numbers_then_figures(images):
     seen = words(page.render(build_report(), images))
-    order = ["a sweep", "contradicted", "It does not.", "gap +0.13 pp", "job 3 is gone", "diverged: 2 runs"]
-    order += ["Conditions", "Gap: effects", "Gap: each condition against bn=false", "Every dot is a run", "How to read"]
+    order = ["a sweep", "python src/train.py -m model.bn=false,true", "contradicted", "It does not.", "gap +0.13 pp"]
+    order += [
+        "job 3 is gone",
+        "diverged: 2 runs",
+        "network mlp hidden_dims=[64] images 270 train, 30 valid",
+        "Conditions",
+    ]
+    order += ["Effects and interactions", "tests of each metric", "Each condition against bn=false"]
+    order += ["Every dot is a run", "How to read"]
     places = [seen.index(part) for part in order]
     assert places == sorted(places)
 
 
 def test_numbers_are_written_as_people_do(images):
     seen = words(page.render(build_report(), images))
-    assert "bn=false 6 +2.15 ± 0.10 [+2.05, +2.25] 0.9772 ± 0.0010" in seen
+    assert "bn=false highest valid accuracy 6 +2.15 ± 0.10 [+2.05, +2.25] 0.9772 ± 0.0010" in seen
     assert "bn=true 2 diverged 0 of 3 – –" in seen
-    assert "6 −0.12 [−0.23, −0.01] −1.23 0.060 < 0.001 inconclusive ; 23 seeds would decide" in seen
+    assert "6 −0.12 [−0.23, −0.01] −1.23 0.060 < 0.001 inconclusive; 23 seeds would decide" in seen
     assert "x 1 – – – – – inconclusive 1 seed <only>" in seen
     assert "0.2 pp" in seen
 
@@ -95,13 +118,14 @@ def test_of_one_factor_contrasts_are_not_said_twice(images):
     report = build_report()
     report["sections"][0]["factors"].pop("init")
     seen = words(page.render(report, images))
-    assert "Gap: effects" in seen
-    assert "each condition against" not in seen
+    assert "Effects and interactions" in seen
+    assert "Each condition against" not in seen
 
 
 def test_a_loss_is_not_in_pp(images):
     report = build_report()
     report["sections"][0]["contrasts"] = {"gap/loss": {"effects": [CONTRAST]}}
+    report["sections"][0]["outcomes"] = {"effects": [WORSE | {"contrasts": {"gap/loss": CONTRAST}}]}
     assert "difference 95 %" in words(page.render(report, images))
     assert page.change(0.0123, "gap/loss") == "+0.0123"
 
@@ -126,13 +150,17 @@ def test_everything_is_escaped():
     report["sections"][0] |= {"data": evil, "factors": {evil: [evil]}, "notes": [evil]}
     report["sections"][0]["conditions"][0]["label"] = evil
     report["sections"][0]["contrasts"]["gap/acc"]["effects"] = [CONTRAST | {"name": evil, "reason": evil}]
+    report["sections"][0]["outcomes"]["effects"][0]["name"] = evil
+    report["sections"][0]["facts"] = {"network": evil}
+    report["commands"] = [evil]
     html = page.render(report, {})
     assert "<script" not in html
-    assert html.count("&lt;script&gt;") >= 12
+    assert html.count("&lt;script&gt;") >= 15
 
 
 def test_without_claim_notes_or_runs_the_page_still_says_so():
     section = {"data": "mnist", "factors": {}, "notes": [], "conditions": [], "contrasts": {}, "figures": []}
+    section |= {"facts": {}, "outcomes": {}}
     seen = words(page.render(build_report(claim=None, verdicts=[], notes=[], sources=[], sections=[section]), {}))
     assert "No claim is judged here" in seen
     assert "Nothing: every run finished." in seen
@@ -164,9 +192,14 @@ def test_the_margin_is_said_in_the_unit_of_its_metric(metrics, said, images):
     report = build_report(margin=0.05)
     report["sections"][0]["contrasts"] = {name: {"effects": [CONTRAST], "against": []} for name in metrics}
     assert said in words(page.render(report, images))
-    text = "\n".join(notes._contrasts(report["sections"][0], 0.05))
-    for name in metrics:
-        assert (
-            f"**{name}**, effects of what was varied (equivalent: within {'5 pp' if 'acc' in name else '0.05 nats'})"
-            in text
-        )
+    text = "\n".join(notes._outcomes(report["sections"][0], 0.05))
+    margin = said.removeprefix("smaller than ").partition(" either")[0]
+    assert f"**Effects of what was varied** (equivalent: within {margin})" in text
+
+
+def test_gap_and_accuracy_stand_in_one_row_and_a_worse_network_has_no_good_colour(images):
+    html = page.render(build_report(), images)
+    row = re.search(r"<tr><th scope=.row.>bn: true − false.*?</tr>", html, re.DOTALL).group()
+    assert "−0.12" in row
+    assert "−5.17" in row
+    assert '<span class="tag bad">worse network, gap undecided</span>' in row

@@ -1,6 +1,7 @@
 """The report over real files: what it writes, and what it says of input that is wrong or thin."""
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import composed
+from rich.console import Console
 from synthetic import accuracies, noise
 
 from gaplab import config as configs
+from gaplab.analysis.compare import sections
 from gaplab.analysis.report import report
+from gaplab.analysis.runs import Collection, read_run
 from gaplab.errors import UserError
 from gaplab.notes import NOTE, joined
 from gaplab.tracking.journal import append, read_journal
@@ -39,15 +43,33 @@ def write_sweep(outputs: Path, name: str, grid=GRID, seeds=range(6), claim: str 
             events = [
                 {"time": 0, "event": "run", "name": job.name},
                 {"time": 1, "event": "params", "values": {k: str(v) for k, v in configs.flatten(config).items()}},
-                {"time": 1, "event": "dataset", "digest": "d", "profile": {"classes": 10}},
+                {
+                    "time": 1,
+                    "event": "tags",
+                    "values": {"sweep": name, "git/commit": "1234567890", "git/dirty": "false"},
+                },
+                {
+                    "time": 1,
+                    "event": "dataset",
+                    "digest": "d",
+                    "source": "/pictures",
+                    "profile": {"classes": 10, "train": 270, "valid": 30, "test": 1000},
+                },
                 *({"time": 2, "event": "metrics", "step": epoch, "values": metrics} for epoch in (1, 2)),
                 {"time": 3, "event": "finish", "status": "FINISHED"},
             ]
             (job / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-            result = {"status": "FINISHED", "config_hash": configs.config_hash(config), "run_id": f"{len(jobs):032x}"}
+            result = {
+                "status": "FINISHED",
+                "params": 22346,
+                "config_hash": configs.config_hash(config),
+                "run_id": f"{len(jobs):032x}",
+            }
             (job / "result.json").write_text(json.dumps(result))
             jobs.append({"folder": job.name, "overrides": []})
-    (folder / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    (folder / "sweep.json").write_text(
+        json.dumps({"jobs": jobs, "overrides": ["model.bn=false,true", "seed=range(6)"]})
+    )
     return folder
 
 
@@ -93,8 +115,9 @@ def test_the_sweeps_description_says_what_was_asked_and_found(tmp_path: Path, mo
     note = [event["values"][NOTE] for event in read_journal(folder) if event["event"] == "tags"][-1]
     assert note.startswith("Does BatchNorm shrink the overfitting gap? **supported**")
     assert "24 of 24 runs finished." in note
+    assert "network mlp hidden\\_dims=\\[64, 128, 64\\]" in note
     assert "| `bn=false dropout=0.0`&emsp; | 6&emsp; | 0.9900 ± 0.0000&emsp; |" in note
-    assert "- `bn: true − false` **real**, -0.48 pp [-0.51, -0.46]" in note
+    assert "- `bn: true − false` **helps**: gap/acc -0.48 pp [-0.51, -0.46] real; valid/acc +0.48 pp" in note
     assert note.endswith("### What was asked\n\nthe question")
     assert "to come" not in note
 
@@ -186,3 +209,63 @@ def test_the_command_says_one_line_and_helps(tmp_path: Path):
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "no sweep in " in wrong.stderr
     assert "margin=0.002" in command("--help").stdout
+
+
+def test_the_report_names_network_data_command_and_the_best_condition(tmp_path: Path, capsys):
+    folder = report(settings(tmp_path, sweep=str(write_sweep(tmp_path, "a"))))
+    content = json.loads((folder / "report.json").read_text())
+    (part,) = content["sections"]
+    assert part["facts"] == {
+        "network": "mlp hidden_dims=[64, 128, 64] init=kaiming_normal activation=relu",
+        "parameters": "22,346",
+        "optimizer": "Adam lr=0.001 weight_decay=0.0",
+        "schedule": "constant",
+        "epochs": "10",
+        "batch size": "128",
+        "images": "270 train, 30 valid, 1,000 test",
+        "data": "mnist in /pictures",
+    }
+    assert [one["label"] for one in part["conditions"] if one["best"]] == ["bn=true dropout=0.5"]
+    assert content["commands"] == ["python src/train.py -m model.bn=false,true 'seed=range(6)'"]
+    assert any(note.startswith("30 validation images: one image is 3.3 pp") for note in part["notes"])
+    page, out = (folder / "report.html").read_text(), capsys.readouterr().out
+    for text in (page.replace("&#39;", "'"), out):
+        assert "python src/train.py -m model.bn=false,true 'seed=range(6)'" in text
+        assert "mnist in /pictures" in text
+        assert "270 train, 30 valid, 1,000 test" in text
+    assert "bn=true dropout=0.5 (highest valid/acc)" in out
+    assert "helps" in out
+
+
+def test_joined_sweeps_count_each_condition_and_seed_once_and_name_both_commands(tmp_path: Path):
+    first, second = (write_sweep(tmp_path, name, claim="overfitting") for name in "ab")
+    for result in second.glob("*_mnist_true_*/result.json"):
+        result.write_text(json.dumps({"status": "KILLED"}))
+    folder = report(settings(tmp_path, sweep=["a", "b"]))
+    content = json.loads((folder / "report.json").read_text())
+    (part,) = content["sections"]
+    assert [len(one["seeds"]) for one in part["conditions"]] == [6] * 4
+    assert not any(one["unfinished"] for one in part["conditions"])
+    assert any(note.startswith("24 runs repeat a condition and seed") for note in part["notes"])
+    assert sum(run["counts"] for run in content["runs"]) == 24
+    assert all(run["counts"] == (run["status"] == "FINISHED") for run in content["runs"] if "_true_" in run["run"])
+    assert [verdict["verdict"] for verdict in content["verdicts"]] == ["supported"]
+    assert content["sources"] == [str(first), str(second)]
+    assert len(content["commands"]) == 2
+
+
+def test_a_gap_is_never_judged_without_accuracy(tmp_path: Path):
+    write_sweep(tmp_path, "a")
+    folder = report(settings(tmp_path, metrics=["gap/acc"]))
+    (part,) = json.loads((folder / "report.json").read_text())["sections"]
+    assert {one["verdict"] for one in part["outcomes"]["effects"]} == {"helps", "independent"}
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(tmp_path: Path):
+    from gaplab.analysis import report as module
+
+    found = Collection("a", [read_run(job) for job in write_sweep(tmp_path, "a").glob("*_mnist_*")])
+    (part,) = sections(found.runs, ["gap/acc", "valid/acc"], 0.002)
+    console = Console(width=60, record=True, file=io.StringIO())
+    module._print(console, found, [part], [], 0.002)
+    assert "…" not in console.export_text()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from gaplab import stats
-from gaplab.analysis.compare import Condition, Section
+from gaplab.analysis.compare import Condition, Section, judge_differences, outcome
 from gaplab.analysis.runs import Run
 from gaplab.config import QUESTIONS
 
@@ -58,28 +58,30 @@ def overfitting(section: Section, margin: float) -> Verdict:
     plain = min(_arms(section)["false"], key=lambda one: _number(one, "model.dropout", 0.0))
     labels = {one.levels: one.label for one in section.conditions}
     families = {}
-    for metric in ("gap/acc", "valid/acc"):
+    for metric in (section.gap, "valid/acc"):
         table = section.table(metric)
         if plain.levels not in table:
-            raise CannotSayError(f"no run of {plain.label} finished")
+            raise CannotSayError(f"no run of {plain.label} finished with {metric}")
         differences = stats.against(plain.levels, table, lambda levels: labels[levels])
-        contrasts = stats.compare({name: list(values.values()) for name, values in differences.items()}, margin)
-        families[metric] = {one.name: one for one in contrasts}
-    evidence, decided = [f"plain network, {plain.label}: gap {_pp(_mean(plain, 'gap/acc'), sign=False)}"], None
+        family = judge_differences(metric, {name: found.values() for name, found in differences.items()}, margin)
+        families[metric] = {one.name: one for one in family}
+    evidence, decided = [f"plain network, {plain.label}: gap {_pp(_mean(plain, section.gap), sign=False)}"], None
     for one in section.conditions:
         changed = _differing(one, plain)
         if (
-            one.label not in families["gap/acc"]
+            not all(one.label in contrasts for contrasts in families.values())
             or sum(a != b for a, b in zip(one.levels, plain.levels, strict=True)) != 1
         ):
             continue
-        gap, valid = families["gap/acc"][one.label], families["valid/acc"][one.label]
-        evidence.append(f"{_changed(section, one, plain)}: gap {_said(gap)}; valid accuracy {_said(valid)}")
+        mine = {metric: contrasts[one.label] for metric, contrasts in families.items()}
+        gap, valid = mine.values()
+        both = outcome("", mine, section.gap).verdict
+        evidence.append(f"{_changed(section, one, plain)}: gap {_said(gap)}; valid accuracy {_said(valid)}: {both}")
         if changed == {"model.bn"}:
-            decided = gap, valid
+            decided = gap, valid, both
     if decided is None:
         raise CannotSayError("needs runs that differ from the plain network in model.bn alone")
-    gap, valid = decided
+    gap, valid, both = decided
     verdict = _one_sided(gap, -1)
     price = ""
     if valid.verdict == "real" and valid.difference is not None:
@@ -89,7 +91,7 @@ def overfitting(section: Section, margin: float) -> Verdict:
         "supported": f"BatchNorm shrinks the gap ({_pp(gap.difference)}{price})",
         "contradicted": f"BatchNorm does not shrink the gap ({_pp(gap.difference)}, {gap.verdict}{price})",
         "inconclusive": f"the effect of BatchNorm on the gap is not decided ({_pp(gap.difference)}{price})",
-    }[verdict]
+    }[verdict] + f": {both}"
     return Verdict("", "", verdict, summary, evidence, gap.seeds_needed)
 
 
@@ -197,7 +199,7 @@ def dropout_redundant(section: Section, margin: float) -> Verdict:
         for bn, found in level.items()
     }
     beside, alone = (
-        {one.name: one for one in stats.compare({d: list(g.values()) for d, g in gains[bn].items()}, margin)}
+        {one.name: one for one in judge_differences("valid/acc", {d: g.values() for d, g in gains[bn].items()}, margin)}
         for bn in ("true", "false")
     )
     shared = {
@@ -207,7 +209,8 @@ def dropout_redundant(section: Section, margin: float) -> Verdict:
         ]
         for d in gains["true"].keys() & gains["false"].keys()
     }
-    interactions = {one.name: one for one in stats.compare(dict(sorted(shared.items())), margin)}
+    # differences of gains reach as far as those of gaps
+    interactions = {one.name: one for one in judge_differences("gap/acc", dict(sorted(shared.items())), margin)}
     evidence = [
         f"{where} BatchNorm, dropout {one.name} against none: valid accuracy {_said(one)}"
         for where, family in (("with", beside), ("without", alone))
@@ -274,10 +277,11 @@ def activations(section: Section, margin: float) -> Verdict:
 
 def identity(section: Section, margin: float) -> Verdict:
     """The largest relative error of trained layers whose alpha and beta were set to restore their input, in float64."""
-    errors = {run.name: run.metrics["bn/identity_error"] for run in section.runs if "bn/identity_error" in run.metrics}
+    finished = [run.metrics for one in section.conditions for run in one.finished]
+    errors = [metrics["bn/identity_error"] for metrics in finished if "bn/identity_error" in metrics]
     if not errors:
         raise CannotSayError("needs runs with model.bn=true and trainer.log_activations_every")
-    worst = max(errors.values())
+    worst = max(errors)
     verdict = "supported" if worst <= EXACT else "contradicted"
     summary = f"the restored layers differ from the identity by at most {worst:.1e} of the largest input"
     return Verdict(
@@ -363,7 +367,7 @@ def _common_seeds(section: Section) -> list[int]:
 
 
 def _run(condition: Condition, seed: int) -> Run:
-    return next(run for run in reversed(condition.runs) if run.seed == seed)
+    return next(run for run in condition.runs if run.seed == seed)
 
 
 def _accuracy(run: Run) -> float | None:
@@ -381,7 +385,7 @@ def _first(run: Run, target: float) -> int | None:
 
 
 def _largest_stable(runs: dict[float, Run]) -> float | None:
-    final = {lr: run.metrics["valid/acc"] for lr, run in runs.items() if run.status == "FINISHED"}
+    final = {lr: run.metrics["valid/acc"] for lr, run in runs.items() if run.status == "FINISHED" and _curve(run)}
     best = max(final.values(), default=0.0)
     return max((lr for lr, value in final.items() if value >= best - STABLE_WITHIN), default=None)
 
@@ -389,10 +393,11 @@ def _largest_stable(runs: dict[float, Run]) -> float | None:
 def _matched_rates(section: Section, arms: dict[str, list[Condition]], margin: float) -> list[str]:
     """The difference at the two lowest rates."""
     pairs = sorted(_pairs(arms), key=lambda pair: _number(pair[0], "optimizer.lr"))[:2]
-    differences = {
-        f"{_number(one, 'optimizer.lr'):g}": list(_paired(one, other, "valid/acc").values()) for one, other in pairs
-    }
-    found = stats.compare(differences, margin)
+    found = judge_differences(
+        "valid/acc",
+        {f"{_number(one, 'optimizer.lr'):g}": _paired(one, other, "valid/acc").values() for one, other in pairs},
+        margin,
+    )
     return [f"at the rate {one.name}, with BatchNorm minus without: valid accuracy {_said(one)}" for one in found]
 
 
@@ -421,7 +426,7 @@ def _looks(one: Run, other: Run) -> tuple[Looks, Looks] | None:
 
 
 def _height(looks: Looks) -> float:
-    return max(abs(value) for values in looks for value in values)
+    return max(1e-12, *(abs(value) for values in looks for value in values))
 
 
 def _drift(looks: Looks) -> float:

@@ -7,13 +7,15 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from gaplab.notes import margin_in
+from gaplab.notes import margins
 
 NONE = "–"
 NAMES = {
     "gap/acc": "gap",
+    "gap/acc_clean": "gap, true labels",
     "valid/acc": "valid accuracy",
     "train/acc": "train accuracy",
+    "train/acc_clean": "train accuracy, true labels",
     "train/acc_running": "running train accuracy",
     "test/acc": "test accuracy",
 }
@@ -49,24 +51,16 @@ CAPTIONS = {
 }
 
 
-def render(report: Mapping[str, Any], figures: Mapping[str, Path]) -> str:
+def render(report: dict[str, Any], figures: Mapping[str, Path]) -> str:
     """The page of a report, with those of its figures that `figures` has a PNG for, by name."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"amount": amount, "change": change, "p": p_value, "number": number}
-    environment.globals |= {"title_of": title_of, "in_pp": in_pp, "measured": measured}
+    environment.globals |= {"title_of": title_of, "in_pp": in_pp, "interval": interval, "measured": measured}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     images = {name: b64encode(path.read_bytes()).decode() for name, path in figures.items() if path.is_file()}
-    return template.render(report, images=images, caption_of=caption_of, margins=margins(report))
-
-
-def margins(report: Mapping[str, Any]) -> str:
-    """The margin in the unit of each metric that is compared."""
-    units: dict[str, list[str]] = {}
-    for metric in dict.fromkeys(metric for section in report["sections"] for metric in section["contrasts"]):
-        units.setdefault(margin_in(metric, report["margin"]), []).append(metric)
-    if len(units) < 2:
-        return "".join(units)
-    return " or ".join(f"{margin} ({', '.join(metrics)})" for margin, metrics in units.items())
+    metrics = dict.fromkeys(metric for section in report["sections"] for metric in section["contrasts"])
+    shown = {"images": images, "caption_of": caption_of, "margins": margins(metrics, report["margin"])}
+    return template.render(report | shown)
 
 
 def measured(section: Mapping[str, Any]) -> list[str]:
@@ -97,6 +91,12 @@ def amount(value: float | None, metric: str) -> str:
 
 def change(value: float | None, metric: str) -> str:
     return number(value if value is None or not in_pp(metric) else 100 * value, 2 if in_pp(metric) else 4)
+
+
+def interval(contrast: Mapping[str, Any], metric: str) -> str:
+    if contrast["low"] is None:
+        return NONE
+    return f"[{change(contrast['low'], metric)}, {change(contrast['high'], metric)}]"
 
 
 def p_value(value: float | None) -> str:

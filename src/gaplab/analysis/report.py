@@ -18,7 +18,7 @@ from rich.table import Table
 from gaplab import config as configs
 from gaplab import notes, provenance, stats
 from gaplab.analysis.claims import Verdict, judge
-from gaplab.analysis.compare import CURVES, METRICS, Section, sections
+from gaplab.analysis.compare import CURVES, METRICS, Outcome, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
 from gaplab.files import held, plain, write_whole
@@ -26,10 +26,13 @@ from gaplab.tracking.journal import Tracker, read_journal
 
 SHOWN_CONTRASTS = 16
 LEGEND = (
-    "d: the difference in standard deviations over seeds; p (Holm): of chance alone, corrected for the table; "
-    "p (equivalent): of a difference beyond the margin"
+    "difference [95 % interval over seeds]; real or equivalent (within {margins}) by tests that are corrected for the "
+    "table; the verdict is on gap and validation accuracy together; p values: on the page"
 )
-COLOURS = {"supported": "green", "real": "green", "contradicted": "red", "equivalent": "blue", "inconclusive": "yellow"}
+COLOURS = {
+    "supported": "blue", "contradicted": "magenta", "inconclusive": "yellow",
+    "good": "green", "bad": "red", "plain": "blue", "open": "yellow",
+}  # fmt: skip
 
 
 def report(settings: configs.Report) -> Path:
@@ -56,9 +59,9 @@ def report(settings: configs.Report) -> Path:
     verdicts = _verdicts(found.runs, parts, settings)
     folder = _folder(found, settings, outputs)
     with _parent(found, uri) as tracker:  # its process imports MLflow while the figures are drawn
-        _print(console, found, parts, verdicts, metrics)
+        _print(console, found, parts, verdicts, settings.margin)
         content = _content(found, parts, verdicts, metrics, settings)
-        for path in _write(folder, content, found.runs, parts, metrics):
+        for path in _write(folder, content, found.runs, parts):
             if tracker is not None:
                 tracker.artifact(path, "report")
         if tracker is not None and found.folder is not None:
@@ -79,6 +82,8 @@ def _known_metrics(found: Collection, wanted: Sequence[str]) -> list[str]:
         hint = configs.did_you_mean(name, known)
         found.notes.append(f"no run has a metric {name}; {hint}known: {', '.join(known)}")
     chosen = [name for name in wanted if name in known]
+    if "gap/acc" in chosen and "valid/acc" in known:  # a smaller gap alone is no better network
+        chosen = list(dict.fromkeys([*chosen, "valid/acc"]))
     if not chosen:
         raise UserError("; ".join(found.notes[-len(missing) :]))
     return chosen
@@ -147,6 +152,7 @@ def _content(
     found: Collection, parts: list[Section], verdicts: list[Verdict], metrics: list[str], settings: configs.Report
 ) -> dict[str, Any]:
     """What `report.json` holds."""
+    counting = {id(run) for part in parts for run in part.runs}
     return {
         "title": found.title,
         "generated": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -154,12 +160,14 @@ def _content(
         "margin": settings.margin,
         "confidence": 0.95,
         "metrics": metrics,
-        "sources": [str(found.folder)] if found.folder else [],
+        "sources": found.sources,
+        "commands": found.commands,
         "notes": found.notes,
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "sections": [_section(part) for part in parts],
         "runs": [
             {"run": run.name, "sweep": run.sweep, "run_id": run.run_id, "status": run.status, "error": run.error}
+            | {"counts": id(run) in counting}
             for run in found.runs
         ],
     }
@@ -169,11 +177,14 @@ def _section(part: Section) -> dict[str, Any]:
     return {
         "data": part.data,
         "factors": part.factors,
+        "facts": part.facts,
+        "gap": part.gap,
         "notes": part.notes,
         "conditions": [
             {
                 "label": one.label,
-                "seeds": sorted(next(iter(one.values.values()), {})),
+                "best": one is part.best,
+                "seeds": sorted(run.seed for run in one.finished),
                 "failed": one.failed,
                 "diverged": one.diverged,
                 "unfinished": one.unfinished,
@@ -189,13 +200,12 @@ def _section(part: Section) -> dict[str, Any]:
             metric: {family: [asdict(one) for one in contrasts] for family, contrasts in families.items()}
             for metric, families in part.contrasts.items()
         },
+        "outcomes": {family: [asdict(one) for one in outcomes] for family, outcomes in part.outcomes.items()},
         "figures": [],
     }
 
 
-def _write(
-    folder: Path, content: dict[str, Any], runs: list[Run], parts: list[Section], metrics: list[str]
-) -> list[Path]:
+def _write(folder: Path, content: dict[str, Any], runs: list[Run], parts: list[Section]) -> list[Path]:
     """Figures first, for the page shows them; all files of the report."""
     from gaplab.analysis.figures import drawings
     from gaplab.analysis.page import render
@@ -204,7 +214,7 @@ def _write(
     paths: dict[str, Path] = {}
     for index, (part, description) in enumerate(zip(parts, content["sections"], strict=True)):
         prefix = f"{configs.slug(part.data)}_{index}_" if len(parts) > 1 else ""
-        for name, draw in drawings(part, metrics).items():
+        for name, draw in drawings(part, list(part.contrasts)).items():
             path = folder / f"{prefix}{name}.png"
             if save_figure(draw, path):
                 description["figures"].append(path.name)
@@ -220,65 +230,72 @@ def _write(
     return [folder / "report.json", folder / "runs.csv", folder / "report.html", *paths.values()]
 
 
-def _print(
-    console: Console, found: Collection, parts: list[Section], verdicts: list[Verdict], metrics: list[str]
-) -> None:
+def _print(console: Console, found: Collection, parts: list[Section], verdicts: list[Verdict], margin: float) -> None:
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     console.print(f"[bold]{escape(found.title)}[/bold]  {len(found.runs)} runs", soft_wrap=True)
+    for command in found.commands:
+        say(command)
     for verdict in verdicts:
         colour = COLOURS[verdict.verdict]
         needed = f" ({verdict.seeds_needed} seeds would decide)" if verdict.seeds_needed else ""
         said = f"{verdict.verdict}[/]{needed}: {escape(verdict.summary)}"
         console.print(f"\n{verdict.question} [bold {colour}]{said}")
         for line in verdict.evidence:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            say(f"  {line}")
     for note in found.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        say(f"note: {note}")
     for part in parts:
+        say("\n" + "; ".join(f"{name} {text}" for name, text in part.facts.items()))
         for note in part.notes:
-            console.print(f"note: {note}", markup=False, soft_wrap=True)
-        console.print(_conditions(part, metrics))
-        for metric in metrics:
-            for family, contrasts in part.contrasts[metric].items():
-                if family == "effects" or len(part.factors) > 1:  # with one factor, both say the same
-                    _print_contrasts(console, part, metric, family, contrasts)
-    if any(contrasts for part in parts for metric in metrics for contrasts in part.contrasts[metric].values()):
-        console.print(f"{LEGEND}\n", markup=False, soft_wrap=True)
+            say(f"note: {note}")
+        console.print(_conditions(part))
+        for family, outcomes in part.outcomes.items():
+            if family == "effects" or len(part.factors) > 1:  # with one factor, both say the same
+                console.print(_outcomes(part, family, outcomes[:SHOWN_CONTRASTS]))
+                if len(outcomes) > SHOWN_CONTRASTS:
+                    console.print(f"… and {len(outcomes) - SHOWN_CONTRASTS} more on the page\n")
+    if any(part.outcomes for part in parts):
+        say(LEGEND.format(margins=notes.margins(parts[0].contrasts, margin)) + "\n")
 
 
-def _conditions(part: Section, metrics: list[str]) -> Table:
+def _conditions(part: Section) -> Table:
     table = Table(title=f"{escape(part.data)}: last epoch, mean ± sd over seeds [95 % interval]", title_justify="left",
                   title_style="bold", box=box.SIMPLE_HEAD)  # fmt: skip
-    table.add_column("condition")
-    for heading in ("seeds", *metrics):
-        table.add_column(escape(heading), justify="right", no_wrap=True)
+    table.add_column("condition", overflow="fold")
+    for heading in ("seeds", *part.contrasts):
+        table.add_column(escape(heading), justify="right", overflow="fold")
     for one in part.conditions:
-        seeds = str(len(next(iter(one.values.values()), {})))
-        table.add_row(escape(one.label), seeds, *(_estimate(metric, one.estimate(metric)) for metric in metrics))
+        label = escape(one.label) + (" [bold](highest valid/acc)[/]" if one is part.best else "")
+        cells = [_estimate(metric, one.estimate(metric)) for metric in part.contrasts]
+        table.add_row(label, str(len(one.finished)), *cells)
     return table
 
 
-def _print_contrasts(
-    console: Console, part: Section, metric: str, family: str, contrasts: list[stats.Contrast]
-) -> None:
+def _outcomes(part: Section, family: str, outcomes: list[Outcome]) -> Table:
+    """A row for each contrast with its difference in every metric, and what the gap and valid accuracy say together."""
     what = "effects of the factors" if family == "effects" else f"against {part.conditions[0].label}"
-    table = Table(title=escape(f"{metric}: {what}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("contrast")
-    for heading in ("seeds", "difference [95 % interval]", "d", "p (Holm)", "p (equivalent)", "verdict"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right", no_wrap=True)
-    for one in contrasts[:SHOWN_CONTRASTS]:
-        needed = f" ({one.seeds_needed} seeds would decide)" if one.seeds_needed else ""
+    table = Table(title=escape(what), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("contrast", overflow="fold")
+    for heading in ("seeds", *part.contrasts):
+        table.add_column(escape(heading), justify="right", overflow="fold")
+    table.add_column("verdict", overflow="fold")
+    for one in outcomes:
+        contrasts = [one.contrasts.get(metric) for metric in part.contrasts]
         table.add_row(
             escape(one.name),
-            str(one.n),
-            _interval(metric, one.difference, one.low, one.high),
-            "–" if one.effect_size is None else f"{one.effect_size:+.1f}",
-            _p(one.p_holm),
-            _p(one.p_equivalent),
-            f"[{COLOURS[one.verdict]}]{one.verdict}[/]{needed}",
-        )
-    console.print(table)
-    if len(contrasts) > SHOWN_CONTRASTS:
-        console.print(f"… and {len(contrasts) - SHOWN_CONTRASTS} more on the page\n")
+            str(min(contrast.n for contrast in one.contrasts.values())),
+            *("–" if contrast is None else _contrast(metric, contrast)
+              for metric, contrast in zip(part.contrasts, contrasts, strict=True)),
+            f"[{COLOURS[one.tone]}]{one.verdict}[/]",
+        )  # fmt: skip
+    return table
+
+
+def _contrast(metric: str, one: stats.Contrast) -> str:
+    needed = f", {one.seeds_needed} seeds would decide" if one.seeds_needed else ""
+    return f"{_interval(metric, one.difference, one.low, one.high)}\n{one.verdict}{needed}"
 
 
 def _estimate(metric: str, estimate: stats.Estimate | None) -> str:
@@ -302,7 +319,3 @@ def _interval(metric: str, difference: float | None, low: float | None, high: fl
 
 def _unit(metric: str) -> tuple[float, int, str]:
     return (100, 2, " pp") if "gap/acc" in metric else (1, 4, "")
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,5 +1,6 @@
 """Runs read back, from their folders or from MLflow, as one kind of record."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ class Run:
 
     `settings` are the leaves of its config as text, without what does not decide the numbers; `metrics` the last values
     by their MLflow names, and `history` those of every step: {name: {step: value}}; `batchnorm` how it was computed on
-    several devices; `attempts` the tags of each start that its numbers come from.
+    several devices; `attempts` the tags of each start that its numbers come from; `sizes` the images of each split;
+    `params` the network's parameters, 0 where that is not known.
     """
 
     name: str
@@ -42,6 +44,14 @@ class Run:
     digest: str = ""
     classes: int = 0
     attempts: Sequence[Tags] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    root: str = ""
+    params: int = 0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether some of its training labels were replaced."""
+        return self.settings.get("data.label_noise", "0.0") not in ("0", "0.0")
 
 
 @dataclass
@@ -51,12 +61,16 @@ class Collection:
     Attributes:
         title: for people.
         folder: of the sweep if it is one and lies here.
+        sources: folders of the sweeps that lie here.
+        commands: that made the runs.
         notes: what was left out, a sentence each.
     """
 
     title: str
     runs: list[Run]
     folder: Path | None = None
+    sources: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -88,6 +102,8 @@ def collect(outputs: Path, uri: str, sweeps: list[str], picked: list[str]) -> Co
     return Collection(
         " and ".join(part.title for part in parts),
         [run for part in parts for run in part.runs],
+        sources=[source for part in parts for source in part.sources],
+        commands=[command for part in parts for command in part.commands],
         notes=[note for part in parts for note in part.notes],
     )
 
@@ -96,11 +112,14 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
     if configs.is_run_id(name):
         from gaplab.tracking.store import read_children
 
-        parent, children, deleted = read_children(uri, name)
+        parent, overrides, children, deleted = read_children(uri, name)
         notes = [f"{deleted} of its runs are deleted in MLflow"] if deleted else []
-        return Collection(plain(parent), _from_mlflow(children, notes), notes=notes)
+        commands = [_command(overrides)] if overrides else []
+        return Collection(plain(parent), _from_mlflow(children, notes), commands=commands, notes=notes)
     folder = find_sweep(outputs, name, "sweep")
-    found = Collection(folder.name, [], folder)
+    typed = read_json(folder / "sweep.json").get("overrides")
+    commands = [_command(shlex.join(map(str, typed)))] if isinstance(typed, list) else []
+    found = Collection(folder.name, [], folder, [plain(folder)], commands)
     for job, _ in listed_jobs(folder):
         if not (folder / job).is_dir():
             found.notes.append(f"the folder of job {job} is gone")
@@ -112,12 +131,17 @@ def _sweep(outputs: Path, uri: str, name: str) -> Collection:
     return found
 
 
+def _command(overrides: str) -> str:
+    return plain(f"python src/train.py -m {overrides}")
+
+
 def read_run(folder: Path) -> Run:
     """A run from its folder; one that has not begun has the status WAITING. Raises UserError."""
     settings: dict[str, Any] = {}
     history: dict[str, dict[int, float]] = {}
     tags: dict[str, Any] = {}
-    digest, classes, end = "", 0, "RUNNING"
+    dataset: dict[str, Any] = {}
+    end = "RUNNING"
     events = list(read_journal(folder))
     for event in events:
         if event["event"] in ("run", "finish"):
@@ -127,7 +151,7 @@ def read_run(folder: Path) -> Run:
         elif event["event"] == "tags":
             tags |= event["values"]
         elif event["event"] == "dataset":
-            digest, classes = event["digest"], event["profile"].get("classes", 0)
+            dataset = {"digest": event["digest"], "profile": event["profile"], "root": event.get("source")}
         elif event["event"] == "metrics":
             for name, value in event["values"].items():  # what a later attempt measured again stands
                 history.setdefault(name, {})[event["step"]] = value
@@ -141,12 +165,11 @@ def read_run(folder: Path) -> Run:
             "status": status if status in ENDED or not history else end,
             "params": settings or _settings_of_file(folder / "config.yaml"),
             "tags": {name: tags.get(name) for name in ("sweep", "batchnorm")}
-            | {"diverged": result.get("diverged"), "error": result.get("error")},
+            | {name: result.get(name) for name in ("diverged", "error", "params")},
             "metrics": {name: values[max(values)] for name, values in history.items()},
             "history": history,
-            "digest": digest,
-            "classes": classes,
             "attempts": attempts(events),
+            **dataset,
         },
     )
 
@@ -167,6 +190,9 @@ def _run(origin: str, found: dict[str, Any]) -> Run:
 
     Text in it says nothing to a terminal. A number that is not finite, or too large to reckon with, is not measured.
     """
+    profile = found.get("profile")
+    profile = profile if isinstance(profile, dict) else {}
+    sizes = {name: size for name, size in profile.items() if type(size) is int and size >= 0}
     params = {plain(name): plain(value) for name, value in found["params"].items()}
     tags = {name: plain(value) for name, value in found["tags"].items() if value is not None}
     seed = params.get("seed", "")
@@ -185,9 +211,12 @@ def _run(origin: str, found: dict[str, Any]) -> Run:
         claim=_claim(params),
         sweep=tags.get("sweep", ""),
         batchnorm=tags.get("batchnorm", ""),
-        digest=plain(found["digest"]),
-        classes=found["classes"] if isinstance(found["classes"], int) else 0,
         attempts=found.get("attempts", [found["tags"]]),
+        digest=plain(found.get("digest", "")),
+        classes=sizes.pop("classes", 0),
+        sizes=sizes,
+        root=plain(found.get("root") or ""),
+        params=int(parameters) if (parameters := tags.get("params", "")).isdecimal() and len(parameters) < 16 else 0,
     )
 
 

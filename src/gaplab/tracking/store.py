@@ -24,8 +24,9 @@ def connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def read_children(uri: str, parent: str) -> tuple[str, list[dict[str, Any]], int]:
-    """The name of a sweep's run, its runs that are not deleted in the order of their start, and how many are deleted.
+def read_children(uri: str, parent: str) -> tuple[str, str, list[dict[str, Any]], int]:
+    """The name of a sweep's run, its overrides, its runs that are not deleted in the order of their start, and how many
+    are deleted.
 
     Raises UserError when it is not there, is deleted or has no runs.
     """
@@ -48,7 +49,7 @@ def read_children(uri: str, parent: str) -> tuple[str, list[dict[str, Any]], int
     alive = [one for one in found if one.info.lifecycle_stage == "active"]
     if not alive:
         raise UserError(f"sweep={parent}: has no runs in MLflow")
-    return run.info.run_name, _whole(client, alive), len(found) - len(alive)
+    return run.info.run_name, run.data.tags.get("overrides", ""), _whole(client, alive), len(found) - len(alive)
 
 
 def read_runs(uri: str, ids: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -97,9 +98,9 @@ def _whole(client: Any, runs: list[Any]) -> list[dict[str, Any]]:
 
 def _dataset(run: Any) -> dict[str, Any]:
     for given in run.inputs.dataset_inputs:
-        classes = json.loads(given.dataset.profile or "{}").get("classes", 0)
-        return {"digest": given.dataset.digest, "classes": classes}
-    return {"digest": "", "classes": 0}
+        root = json.loads(given.dataset.source or "{}").get("uri")
+        return {"digest": given.dataset.digest, "profile": json.loads(given.dataset.profile or "{}"), "root": root}
+    return {}
 
 
 def download(uri: str, run_id: str, names: list[str], target: Path) -> None:
