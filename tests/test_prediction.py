@@ -101,6 +101,33 @@ def test_files_in_the_order_that_they_were_typed(tmp_path):
         find_files(str(tmp_path / "empty"))
 
 
+def test_a_folder_is_read_without_files_of_the_system_and_the_others_are_counted(tmp_path, capsys):
+    for name in (
+        "a.PNG",
+        "._a.png",
+        "__MACOSX/a.png",
+        ".ipynb_checkpoints/a.png",
+        "x/b.heic",
+        "c.heic",
+        "d",
+        "Thumbs.db",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert find_files(str(tmp_path)) == [str(tmp_path / "a.PNG")]
+    assert capsys.readouterr().err == "not read: 2 .heic, 1 without a suffix\n"
+
+
+def test_a_16_bit_picture_that_becomes_black_is_noted(trained_runs, folder, tmp_path, capsys):
+    for name, factor in (("low", 1), ("full", 257)):
+        Image.fromarray(folder[1][0, 0].numpy().astype(np.uint16) * np.uint16(factor)).save(tmp_path / f"{name}.png")
+        settings = configs.Predict(run="run0", images=str(tmp_path / f"{name}.png"))
+        settings.paths.outputs = str(trained_runs[0].parents[1])
+        predict(settings)
+        err = capsys.readouterr().err
+        assert ("note: 1 pictures with 16 bits have no value above 255 of 65535" in err) == (name == "low")
+
+
 def test_bad_input_is_one_line(trained_runs, tmp_path):
     for images, said in ((None, "a value is needed"), ([], "a value is needed"), ("\0", "cannot be a folder")):
         with pytest.raises(UserError, match=said):

@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from gaplab import config as configs
 from gaplab.config import MLflow, Predict
-from gaplab.data.pictures import SUFFIXES, decode
+from gaplab.data.pictures import SUFFIXES, decode, few_levels, is_picture, is_system, kind_of, list_kinds
 from gaplab.errors import UserError
 from gaplab.files import plain, write_whole
 from gaplab.trained import Trained, load
@@ -39,12 +40,14 @@ def predict(settings: Predict, typed: Sequence[str] = ()) -> None:
         raise UserError(f"{network.name}: takes pictures that are not square, which files are not cut to")
     answers: list[Answer] = []
     left_out = 0
+    largest: list[int] = []
     console = Console(stderr=True, highlight=False)
     with _bar(console, shown=len(files) > settings.batch_size) as bar:
         task = bar.add_task("", total=len(files))
         waiting = iter(files)
         while part := list(islice(waiting, settings.batch_size)):
-            found, broken = _answer(network, part, settings.top_k)
+            found, broken, values = _answer(network, part, settings.top_k)
+            largest += values
             for name, reason in broken:
                 console.print(f"left out: {plain(name)} ({reason})", markup=False, soft_wrap=True)
             answers += found
@@ -53,6 +56,8 @@ def predict(settings: Predict, typed: Sequence[str] = ()) -> None:
     if not answers:
         raise UserError(f"images: none of {len(files)} pictures could be read")
     _say(answers, settings)
+    if note := few_levels(largest)[1]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if left_out:
         console.print(f"{left_out} of {len(files)} pictures left out", markup=False)
 
@@ -82,9 +87,14 @@ def find_files(images: Any) -> list[str]:
 def _named(name: str) -> list[str]:
     path = configs.folder("images", name)
     if path.is_dir():
-        inside = sorted(str(one) for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+        files = [
+            file for file in path.rglob("*") if file.is_file() and not any(map(is_system, file.relative_to(path).parts))
+        ]
+        inside = sorted(str(file) for file in files if is_picture(file.name))
         if not inside:
             raise UserError(f"images={name}: no picture in this folder ({', '.join(sorted(SUFFIXES))})")
+        if others := Counter(kind_of(file.name) for file in files if not is_picture(file.name)):
+            print(f"not read: {list_kinds(others)}", file=sys.stderr)
         return inside
     if path.exists():
         return [name]
@@ -95,24 +105,28 @@ def _named(name: str) -> list[str]:
     return [one for one in matching if Path(one).is_file()]
 
 
-def _answer(network: Trained, names: list[str], top_k: int) -> tuple[list[Answer], list[tuple[str, str]]]:
-    """What the pictures show, and which could not be read and why."""
-    good, pixels, broken = [], [], []
+def _answer(network: Trained, names: list[str], top_k: int) -> tuple[list[Answer], list[tuple[str, str]], list[int]]:
+    """What the pictures show, which could not be read and why, and the largest values of 16-bit ones."""
+    good, pixels, largest, broken = [], [], [], []
     for name in names:
         try:
             if not Path(name).is_file():  # a pipe would keep us waiting
                 raise OSError("no such file")
-            pixels.append(decode(Path(name).expanduser(), network.in_shape[1], network.in_shape[0]))
+            image, value = decode(Path(name).expanduser(), network.in_shape[1], network.in_shape[0])
             good.append(name)
+            pixels.append(image)
+            largest.append(value)
         except Exception as error:  # of a file that is made to break decoders, it may be any
             broken.append((name, plain(str(error).partition("\n")[0] or type(error).__name__)))
     if not good:
-        return [], broken
+        return [], broken, []
     values, places = network.probabilities(torch.stack(pixels)).topk(min(top_k, len(network.classes)))
     rows = zip(good, places.tolist(), values.double().tolist(), strict=True)
-    return [
-        (name, [(network.classes[place], value) for place, value in zip(*row, strict=True)]) for name, *row in rows
-    ], broken
+    return (
+        [(name, [(network.classes[place], value) for place, value in zip(*row, strict=True)]) for name, *row in rows],
+        broken,
+        largest,
+    )
 
 
 def _bar(console: Console, shown: bool) -> Progress:

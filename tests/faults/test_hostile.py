@@ -276,7 +276,7 @@ def pictures_with_wrong_bytes(inside: Path, canary: Path) -> Act:
         files = PictureFiles(sorted(inside.iterdir()), 16, 3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reasons = [files[number][1] for number in range(len(files))]
+            reasons = [files[number][-1] for number in range(len(files))]
         assert not any("\n" in reason for reason in reasons)
         return f"{reasons.count('')} of {len(reasons)} were readable"
 

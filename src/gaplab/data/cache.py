@@ -19,7 +19,7 @@ import torch
 from gaplab.data.resident import Resident, Source
 from gaplab.files import locked, plain, read_json
 
-FORMAT = 1  # another one when what is kept changes, or how gaplab decodes
+FORMAT = 2  # another one when what is kept changes, or how gaplab decodes
 KEPT = 5  # entries
 NAME = "[0-9a-f]" * 16  # of an entry
 ABANDONED = 24 * 3600  # seconds since anything was written to a folder that is not complete

@@ -74,6 +74,19 @@ def pixel_sums(pixels: Tensor) -> Tensor:
     return torch.stack([(histogram * values).sum(1), (histogram * values.square()).sum(1)])
 
 
+def count_flat(pixels: Tensor) -> int:
+    """How many of some pictures, uint8 (B, C, H, W), are of a single colour, or nearly: no channel spans 8 values."""
+    if not len(pixels):
+        return 0
+    rows = pixels.flatten(2)
+    return int(((rows.amax(2) - rows.amin(2)).amax(1) < 8).sum())
+
+
+def tell_flat(flat: int, count: int) -> str:
+    """That in a line; empty when there is none."""
+    return f"{flat} of {count} pictures are of a single colour, or nearly" if flat else ""
+
+
 def moments(sums: Iterable[Tensor], pixels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, float64 (C,) in units of [0, 1], from `pixel_sums` over `pixels` pixels a channel.
 
