@@ -175,6 +175,8 @@ def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> t
     if len(set(ranks.everyones(digest))) > 1:
         raise UserError(f"data.root={config.data.root}: the machines do not hold the same data")
     if ranks.rank == 0:
+        for line in data.describe():
+            run.console.print(line, markup=False, soft_wrap=True)
         data.save_splits(folder / "splits.npz")
         np.save(folder / "example.npy", data.sample("valid", 2).cpu().numpy())  # what its model takes
     with result.timed("network"):

@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import random
 import shutil
 import tarfile
 
@@ -7,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 from torch.utils.data import Dataset
 from torchvision import datasets
 
 from gaplab.config import PROJECT
 from gaplab.data.datamodule import build_datamodule
-from gaplab.data.datasets import load_dataset, to_tensors
+from gaplab.data.datasets import load_dataset, notes_on, to_tensors
 from gaplab.errors import UserError
 
 MNIST = ("torchvision.datasets.MNIST", {"train": True}, {"train": False}, ["torchvision"])
@@ -127,6 +128,185 @@ def test_any_data_set_of_pictures_is_read_one_by_one():
     assert found.pixels[:, 0, 0, 0].tolist() == list(range(6))
     with pytest.raises(UserError, match="pictures of different sizes"):
         to_tensors(Own(None, True, size=7))
+
+
+@pytest.fixture
+def digits_on_disk(tmp_path, monkeypatch):
+    """The root of 400 + 100 pictures of MNIST in its own format, small enough to be read one by one."""
+    whole = datasets.MNIST(PROJECT / "data", download=True)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, place in (("train", slice(400)), ("t10k", slice(400, 500))):
+        for name, array in (("images-idx3", whole.data[place].numpy()), ("labels-idx1", whole.targets[place].numpy())):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    monkeypatch.setattr(datasets.MNIST, "_check_exists", lambda _: True)
+    monkeypatch.setattr(datasets.MNIST, "raw_folder", str(raw))
+    return tmp_path
+
+
+class Parity(datasets.MNIST):
+    """Odd or even."""
+
+    classes = ("even", "odd")
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, label % 2
+
+
+class Inverted(datasets.MNIST):
+    def __init__(self, root, train=True, download=False):
+        super().__init__(root, train, transform=ImageOps.invert, target_transform=lambda label: 9 - label)
+
+
+class Half(datasets.MNIST):
+    def __len__(self):
+        return len(self.data) // 2
+
+
+class Noisy(datasets.MNIST):
+    """Mirrors half of what is read of one part."""
+
+    part = True
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (ImageOps.mirror(image) if self.train == self.part and random.random() < 0.5 else image), label
+
+
+class NoisyTest(Noisy):
+    part = False
+
+
+class Filtered(datasets.MNIST):
+    """Plain: what torchvision's own methods see is changed."""
+
+    def __init__(self, root, train=True, download=False):
+        super().__init__(root, train)
+        few = self.targets < 2
+        self.data, self.targets = self.data[few], self.targets[few]
+
+
+def fake_init(self, _root):
+    self.data, self.labels = torch.zeros(2, 5, 6, dtype=torch.uint8), torch.tensor([9, 0])
+    self.transform = self.target_transform = None
+
+
+def own(root, kind):
+    return load(root, f"{__name__}.{kind.__name__}", allowed=[__name__.partition(".")[0]])
+
+
+def test_what_a_users_getitem_makes_of_the_labels_is_trained(digits_on_disk):
+    digits = load(digits_on_disk)
+    parity = own(digits_on_disk, Parity)
+    for before, after in zip(digits[:2], parity[:2], strict=True):
+        assert torch.equal(after.labels, before.labels % 2)
+        assert torch.equal(after.pixels, before.pixels)
+    assert parity[2] == ["even", "odd"]
+
+
+def test_transforms_that_a_users_class_sets_are_applied(digits_on_disk):
+    digits, inverted = load(digits_on_disk), own(digits_on_disk, Inverted)
+    for before, after in zip(digits[:2], inverted[:2], strict=True):
+        assert torch.equal(after.labels, 9 - before.labels)
+        assert torch.equal(after.pixels, 255 - before.pixels)
+
+
+def test_a_users_length_counts(digits_on_disk):
+    train, test, _ = own(digits_on_disk, Half)
+    assert (len(train.pixels), len(train.labels), len(test.labels)) == (200, 200, 50)
+
+
+@pytest.mark.parametrize("kind", [Noisy, NoisyTest])
+def test_a_random_getitem_is_refused_with_the_place_for_augmentation(digits_on_disk, kind):
+    with pytest.raises(
+        UserError, match=rf"{kind.__name__} gives another sample \d+ when it is read again.*data\.augment"
+    ):
+        own(digits_on_disk, kind)
+
+
+def test_a_class_that_changes_only_its_arrays_is_read_the_short_way(digits_on_disk, monkeypatch):
+    monkeypatch.setattr("gaplab.data.datasets._read", None)
+    train, _, _ = own(digits_on_disk, Filtered)
+    assert train.labels.unique().tolist() == [0, 1]
+
+
+def test_arrays_that_are_not_what_is_read_are_not_used(digits_on_disk, monkeypatch):
+    # as QMNIST, whose targets have eight columns, and whatever torchvision comes to store
+    monkeypatch.setattr(datasets.MNIST, "targets", property(lambda self: (self.labels + 1) % 10), raising=False)
+    monkeypatch.setattr(datasets.MNIST, "__init__", fake_init)
+    found = to_tensors(datasets.MNIST(None))
+    assert found.labels.tolist() == [0, 1]
+
+
+def test_classes_without_a_training_picture_are_named(digits_on_disk):
+    train, test, classes = own(digits_on_disk, Filtered)
+    (line,) = notes_on(train, test, classes, "mine")
+    assert line == "mine: 8 of its 10 `classes` have no training picture: 2, 3, 4, 5, 6, …"
+
+
+class Given(Dataset):
+    """Samples as they are given."""
+
+    def __init__(self, *samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+GREY = np.zeros((5, 6), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ((GREY, "3"), "gives sample 0 the label '3', not a whole number"),
+        ((GREY, 0.7), "the label 0.7, not a whole number"),
+        ((GREY, torch.tensor(0.7)), r"the label tensor\(0.7"),
+        ((GREY, [0, 1, 0]), r"the label \[0, 1, 0\]"),
+        ((GREY / 255, 3), "torch.float64 .* not uint8 pictures; return PIL .* without ToTensor"),
+        ((Image.new("P", (6, 5)), 3), "PIL pictures of mode P"),
+        ((Image.new("1", (6, 5)), 3), "PIL pictures of mode 1"),
+        ((torch.zeros(32, 32, 3, dtype=torch.uint8), 0), r"channels in the wrong place: tensors are \(C, H, W\)"),
+        ((np.zeros((3, 32, 32), np.uint8), 0), r"channels in the wrong place"),
+    ],
+)
+def test_samples_that_would_be_misread_are_refused(sample, reason):
+    with pytest.raises(UserError, match=rf"data\._target_: Given .*{reason}"):
+        to_tensors(Given(sample, sample))
+
+
+@pytest.mark.parametrize("label", [3, True, np.int16(3), np.array([3]), torch.tensor(3), torch.tensor([3])])
+def test_labels_may_be_any_whole_number(label):
+    found = to_tensors(Given((torch.zeros(5, 6, dtype=torch.uint8), label)))
+    assert found.pixels.shape == (1, 1, 5, 6)
+    assert found.labels.tolist() == [int(np.ravel(label)[0])]
+
+
+class Two(Given):
+    """The classes and the pictures of a part."""
+
+    def __init__(self, classes, side):
+        super().__init__((np.zeros((side, side), np.uint8), 0), (np.zeros((side, side), np.uint8), 1))
+        self.classes = classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "side", "reason"),
+    [
+        (["b", "a"], 4, r"names other classes in its training part, \['a', 'b'\], than in its test part, \['b', 'a'\]"),
+        (["a", "b"], 5, r"training pictures of \(1, 4, 4\), test ones of \(1, 5, 5\)"),
+    ],
+)
+def test_parts_that_do_not_match_are_refused(tmp_path, classes, side, reason):
+    kwargs = {"classes": ["a", "b"], "side": 4}, {"classes": classes, "side": side}
+    with pytest.raises(UserError, match=reason):
+        load(tmp_path, f"{__name__}.Two", *kwargs, allowed=[__name__.partition(".")[0]])
 
 
 def test_statistics_come_from_the_train_split_alone():

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from gaplab.config import Data, ImageFolder, TorchvisionData, count, sizes
 from gaplab.data.cache import Loaded, cached
-from gaplab.data.datasets import files_of, load_dataset
+from gaplab.data.datasets import files_of, load_dataset, notes_on
 from gaplab.data.loader import Batch, ChunkLoader, EpochOrder, augmentation
 from gaplab.data.pictures import find_pictures, fit_memory, load_pictures
 from gaplab.data.resident import Source
 from gaplab.data.splits import noisy_labels, split
 from gaplab.errors import UserError
+from gaplab.files import plain
 from gaplab.ranks import ALONE, Ranks
+
+SHOWN_CLASSES = 8
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,19 @@ class DataModule(LightningDataModule):
         if (left_out := self._loader.left_out) and ranks.rank == 0:
             few, on = ("one sample", "") if left_out == 1 else (f"{left_out} samples", f" on {ranks.size} devices")
             log.warning("each epoch's last training batch has %s, too few for BatchNorm%s: it is left out", few, on)
+
+    def describe(self) -> list[str]:
+        """What the splits hold, in two lines; the counts of classes are those of the train split, without noise."""
+        parts = [f"{name} {len(part.indices):,}" for name, part in self.splits.items()]
+        train = self.splits["train"]
+        counts = train.source.labels[train.indices].bincount(minlength=len(self.classes)).tolist()
+        each = [f"{plain(name)[:30]} ({count:,})" for name, count in zip(self.classes, counts, strict=True)]
+        if len(each) > SHOWN_CLASSES:
+            each = [*each[: SHOWN_CLASSES - 1], "…", each[-1]]
+        classes = f"{len(counts)} in train, of {min(counts):,} to {max(counts):,}: {', '.join(each)}"
+        size = "x".join(map(str, self.in_shape))
+        missing = "" if "test" in self.splits else ", no test"
+        return [f"data    {plain(self._data.name)} {size}: {', '.join(parts)}{missing}", f"classes {classes}"]
 
     @property
     def batches_per_epoch(self) -> int:
@@ -230,6 +246,10 @@ def build_datamodule(
     labels = source.labels.numpy()
     official = parts["train"]
     if "valid" in parts:
+        if data.valid_size != type(data).valid_size:
+            log.warning(
+                "data.valid_size=%g is not used: %s has a validation part of its own", data.valid_size, data.root
+            )
         num_train = sizes_beside(data, len(official))
         train, valid = official[split(labels[official], num_train, 0, seed)[0]], parts["valid"]
     else:
@@ -264,10 +284,12 @@ def _torchvision(data: TorchvisionData, allowed: list[str], cache: Path | None) 
 
     def load() -> Loaded:
         train, test, classes = load_dataset(data._target_, data.root, data.train_kwargs, data.test_kwargs, allowed)
-        return [train, test], {"classes": classes}
+        return [train, test], {"classes": classes, "notes": list(notes_on(train, test, classes, data.name))}
 
     recipe = [torchvision.__version__, data._target_, data.train_kwargs, data.test_kwargs]
     (train, test), names = cached(cache, recipe, root, files, load)
+    for note in names["notes"]:
+        log.warning("%s", note)
     return train, test, names["classes"]
 
 
@@ -276,19 +298,19 @@ def _image_folder(data: ImageFolder, cache: Path | None) -> tuple[Source, dict[s
     found = find_pictures(root)
 
     def load() -> Loaded:
-        source, folder, broken = load_pictures(
+        source, folder, notes = load_pictures(
             found, data.image_size, data.channels, data.skip_broken, data.memory_budget_gb, data.workers
         )
-        return [source], {"classes": folder.classes, "parts": folder.parts, "broken": broken}
+        return [source], {"classes": folder.classes, "parts": folder.parts, "notes": notes}
 
     if not fit_memory(found, data.image_size, data.channels, data.memory_budget_gb):
         cache = None
     recipe = [PIL.__version__, data.image_size, data.channels, data.skip_broken]
     (source,), names = cached(cache, recipe, root, lambda: found.files, load)
-    for name in names["broken"]:
-        log.warning("left out: %s", name)
+    for note in found.notes + names["notes"]:
+        log.warning("%s", note)
     marks = np.array(names["parts"])
     parts = {part: np.flatnonzero(marks == part) for part in ("train", "valid", "test") if (marks == part).any()}
     if "test" not in parts:
-        log.warning("%s has no test/ folder: no test accuracy will be measured", data.root)
+        log.warning("%s has no test/ folder with pictures: no test accuracy will be measured", data.root)
     return source, parts, names["classes"]

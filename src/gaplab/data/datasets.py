@@ -1,19 +1,23 @@
 """torchvision's data sets, and any other `torch.utils.data.Dataset`, as uint8 tensors."""
 
 import inspect
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.utils import calculate_md5
 
-from gaplab.data.resident import Resident
+from gaplab.data.resident import Resident, count_flat, tell_flat
 from gaplab.errors import UserError
 from gaplab.files import locked, plain
 from gaplab.targets import accepted, load_class
+
+LOOKED_AT = 100  # samples
 
 
 def load_dataset(
@@ -46,14 +50,36 @@ def load_dataset(
                     f"downloaded ({reason[:300]}); a damaged unpacked file is made anew when you delete it"
                 ) from None
     train, test = (to_tensors(part) for part in parts)
-    classes = getattr(parts[0], "classes", None) or [str(label) for label in range(int(train.labels.max()) + 1)]
+    name = dataset_class.__name__
+    if train.in_shape != test.in_shape:
+        raise UserError(
+            f"data._target_: {name} has training pictures of {train.in_shape}, test ones of {test.in_shape}"
+        )
+    classes, of_test = (list(getattr(part, "classes", None) or []) for part in parts)
+    if classes != of_test:  # each part numbers its own, as torchvision's ImageFolder does
+        raise UserError(
+            f"data._target_: {name} names other classes in its training part, {plain(classes)[:200]}, than in its test "
+            f"part, {plain(of_test)[:200]}, so their labels differ in meaning"
+        )
+    classes = classes or [str(label) for label in range(int(train.labels.max()) + 1)]
     for part in (train, test):
         if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < len(classes):
             raise UserError(
-                f"data.root={root}: {dataset_class.__name__} has labels from {int(part.labels.min())} to "
-                f"{int(part.labels.max())}, and {len(classes)} classes"
+                f"data.root={root}: {name} has labels from {int(part.labels.min())} to {int(part.labels.max())}, and "
+                f"{len(classes)} classes"
             )
-    return train, test, [plain(name).partition(" - ")[0] for name in classes]  # MNIST's are "0 - zero" …
+    return train, test, [plain(one).partition(" - ")[0] for one in classes]  # MNIST's are "0 - zero" …
+
+
+def notes_on(train: Resident, test: Resident, classes: list[str], name: str) -> Iterator[str]:
+    """A line each on what is odd about a data set that can be trained on all the same."""
+    counts = train.labels.bincount(minlength=len(classes))
+    if missing := [one for one, count in zip(classes, counts, strict=True) if not count]:
+        few = f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        yield f"{name}: {len(missing)} of its {len(classes)} `classes` have no training picture: {few}"
+    flat = count_flat(train.pixels) + count_flat(test.pixels)
+    if told := tell_flat(flat, len(train.labels) + len(test.labels)):
+        yield f"{name}: {told}"
 
 
 def verify_archives(dataset_class: Any, root: Path) -> None:
@@ -93,43 +119,91 @@ def files_of(target: str, root: Path, allowed_targets: list[str]) -> list[Path]:
 
 
 def to_tensors(dataset: Any) -> Resident:
-    """A map-style data set as `Resident`: from its `data` and `targets` (or `labels`), or picture by picture.
+    """A map-style data set as `Resident`, as its `__getitem__` gives the samples.
 
-    Raises UserError for pictures of different sizes or values that are not uint8.
+    Raises UserError for one that gives another sample when it is asked again, for pictures of different sizes, values
+    that are not uint8 and labels that are not whole numbers.
     """
     name = type(dataset).__name__
     try:
-        pixels, labels = _arrays(dataset)
-    except UserError:
-        raise
+        pixels, labels = _stored(dataset) or _read(dataset)
+    except UserError as error:
+        raise UserError(f"data._target_: {name} {error}") from None
     except Exception as error:  # as above
         raise UserError(f"data._target_: {name} holds no pictures with labels ({plain(error)[:200]})") from None
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
-        raise UserError(f"data._target_: {name} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures")
-    if len(labels) != len(pixels):
-        raise UserError(f"data._target_: {name} holds {len(pixels)} pictures and {len(labels)} labels")
+        raise UserError(
+            f"data._target_: {name} holds {pixels.dtype} {tuple(pixels.shape)}, not uint8 pictures; return PIL "
+            "pictures or uint8 values of 0 to 255, without ToTensor"
+        )
     return Resident(pixels, labels)
 
 
-def _arrays(dataset: Any) -> tuple[Tensor, Tensor]:
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if hasattr(dataset, "data") and labels is not None:
-        pixels = torch.as_tensor(np.asarray(dataset.data))
-        if pixels.ndim == 3:  # (N, H, W)
-            pixels = pixels.unsqueeze(1)
-        elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3):  # (N, H, W, C)
-            pixels = pixels.permute(0, 3, 1, 2)
-    else:
-        samples = [(_picture(image), int(label)) for image, label in (dataset[i] for i in range(len(dataset)))]
-        if len({image.shape for image, _ in samples}) != 1:
-            raise UserError(f"data._target_: {type(dataset).__name__} holds pictures of different sizes, or none")
-        pixels, labels = torch.stack([image for image, _ in samples]), [label for _, label in samples]
-    return pixels, torch.as_tensor(np.asarray(labels, dtype=np.int64)).flatten()
+def _stored(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """The arrays in which one of torchvision's own data sets holds all samples; None where there are none.
+
+    That is faster than to ask for them one by one, and allowed where no user's code comes in between.
+    """
+    kind = type(dataset)
+    own = all(getattr(kind, name).__module__.startswith("torchvision.") for name in ("__getitem__", "__len__"))
+    changed = any(getattr(dataset, name, None) for name in ("transform", "target_transform", "transforms"))
+    stored = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if not own or changed or not hasattr(dataset, "data") or stored is None:
+        return None
+    pixels, labels = torch.as_tensor(np.asarray(dataset.data)), torch.as_tensor(np.asarray(stored))
+    if len(pixels) != len(labels):
+        raise UserError(f"holds {len(pixels)} pictures and {len(labels)} labels")
+    if len(dataset) != len(pixels) or labels.numel() != len(labels):
+        return None
+    labels = labels.flatten().long()
+    if pixels.ndim == 3:  # (N, H, W)
+        pixels = pixels.unsqueeze(1)
+    elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3):  # (N, H, W, C)
+        pixels = pixels.permute(0, 3, 1, 2)
+    samples = ((pixels[index], int(labels[index])) for index in _some(dataset))
+    return (pixels, labels) if all(map(_same, samples, _samples(dataset, _some(dataset)))) else None
+
+
+def _read(dataset: Any) -> tuple[Tensor, Tensor]:
+    samples = list(_samples(dataset, range(len(dataset))))
+    if len({image.shape for image, _ in samples}) != 1:
+        raise UserError("holds pictures of different sizes, or none")
+    for index, again in zip(_some(dataset), _samples(dataset, _some(dataset)), strict=True):
+        if not _same(samples[index], again):
+            raise UserError(
+                f"gives another sample {index} when it is read again, and each is read once for all epochs: take what "
+                "is random out of its __getitem__ and set data.augment, which changes training pictures alone"
+            )
+    return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
+
+
+def _some(dataset: Any) -> list[int]:
+    """Samples to read twice: of 100, a change in every tenth reading is missed once in 10^9 times."""
+    count = len(dataset)
+    return sorted({index * count // LOOKED_AT for index in range(LOOKED_AT)})
+
+
+def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+    return torch.equal(one[0], other[0]) and one[1] == other[1]
+
+
+def _samples(dataset: Any, indices: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
+    for index in indices:
+        image, label = dataset[index]
+        value = np.asarray(label)
+        if value.size != 1 or value.dtype.kind not in "iub":
+            raise UserError(f"gives sample {index} the label {plain(repr(label))[:60]}, not a whole number from 0 on")
+        yield _picture(image), int(value.item())
 
 
 def _picture(image: Any) -> Tensor:
-    """A PIL picture (H, W) or (H, W, C), or a tensor (C, H, W), as uint8 (C, H, W)."""
-    if isinstance(image, Tensor):
-        return image
-    pixels = torch.as_tensor(np.array(image))
-    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    """A PIL picture or an array, (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W), as (C, H, W)."""
+    if isinstance(image, Image.Image) and image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise UserError(f"gives PIL pictures of mode {image.mode}, whose numbers are no grey or colour; convert them")
+    pixels = image.clone() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
+    if pixels.ndim == 2:
+        return pixels.unsqueeze(0)
+    pixels = pixels if isinstance(image, Tensor) else pixels.permute(2, 0, 1)
+    if pixels.shape[0] > 4 >= min(pixels.shape[1:]):
+        raise UserError("gives pictures with the channels in the wrong place: tensors are (C, H, W), arrays (H, W, C)")
+    return pixels
