@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ import pytest
 from conftest import assert_refused, composed, train_py
 
 from gaplab import config as configs
-from gaplab import fusing, interrupt, launch, sweep, trial
+from gaplab import fusing, interrupt, launch, sweep, trial, worker
+from gaplab import together as together_module
 from gaplab.analysis.report import report
 from gaplab.data.datamodule import build_datamodule
 from gaplab.training.reader import read_checkpoint
+from hydra_plugins import gaplab_fused
 
 SMALL = ["tracking=none", "figures=false", "data.train_size=400", "data.valid_size=200", "data.batch_size=64"]
 SMALL += ["trainer.max_epochs=2", "trainer.threads=1", "trainer.accelerator=cpu"]
@@ -398,3 +401,16 @@ def test_bad_input_is_one_line(words, tmp_path):
     done = train_py("-m", "hydra/launcher=fused", words, "seed=0,1", f"paths.outputs={tmp_path / 'outputs'}")
     assert_refused(done, BAD[words])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_is_heard_where_the_jobs_run_in_the_sweeps_own_process(jobs, tmp_path, monkeypatch):
+    folders = saved(tmp_path / "sweeps" / "a", *[[f"seed={seed}"] for seed in range(jobs)])
+    for module in (worker, together_module):
+        monkeypatch.setattr(module, "train", lambda *_: signal.raise_signal(signal.SIGINT))
+    with interrupt.handled():
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(interrupt.Interrupted):
+            gaplab_fused._run(list(map(str, folders)), writer=os.getpid())
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert [result(folder)["status"] for folder in folders] == ["KILLED"] * jobs

@@ -140,10 +140,10 @@ def run_saved(folder: Path, in_here: bool = False) -> None:
             launch.launch(config, folder, in_sweep=True, condition=_condition_of(folder))
 
 
-def run_together(folders: list[Path]) -> dict[Path, str]:
+def run_together(folders: list[Path], in_here: bool = False) -> dict[Path, str]:
     """Run the saved jobs in `folders`, of one kind (`fusing.kind`), as one, unless they are finished.
 
-    For another process than the sweep's. What kept jobs from their end, as plain text.
+    `in_here` as in `run_saved`. What kept jobs from their end, as plain text.
     """
     from filelock import FileLock
 
@@ -154,7 +154,7 @@ def run_together(folders: list[Path]) -> dict[Path, str]:
         with FileLock(folder / ".lock"):
             if not is_finished(folder, config):
                 waiting[folder] = config
-    with interrupt.handled(), _stopped_with(folders[0].parent):
+    with interrupt.handled(), nullcontext() if in_here else _stopped_with(folders[0].parent):
         seats: dict[Path, AbstractContextManager[Run]] = {}
         runs = []
 

@@ -1,5 +1,6 @@
 """A sweep's jobs in groups that are trained as one, `hydra/launcher=fused`, and the rest one by one."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class FusedLauncher(Launcher):
                 places = iter(group)
                 tasks += [[folders[next(places)] for _ in range(size)] for size in sizes]
             tasks.sort(key=len, reverse=True)  # the long ones first
-            for problems in pool(delayed(_run)([str(folder) for folder in task]) for task in tasks):
+            for problems in pool(delayed(_run)([str(folder) for folder in task], os.getpid()) for task in tasks):
                 lost |= problems
         return [_returned(lost.get(str(folder))) for folder in folders]
 
@@ -134,13 +135,15 @@ def _get_ready() -> None:
     from gaplab import together  # noqa: F401
 
 
-def _run(folders: list[str]) -> dict[str, str]:
-    """The task; what kept jobs from their end, as plain text."""
+def _run(folders: list[str], writer: int) -> dict[str, str]:
+    """The task; what kept jobs from their end, as plain text. `writer` is the sweep's process: joblib runs the tasks of
+    a pool of one in it, where Ctrl-C is to be heard."""
     from gaplab import sweep
 
+    in_here = os.getpid() == writer
     if len(folders) == 1:
-        return _run_one(Path(folders[0]), in_here=False)
-    return {str(folder): problem for folder, problem in sweep.run_together(list(map(Path, folders))).items()}
+        return _run_one(Path(folders[0]), in_here)
+    return {str(folder): problem for folder, problem in sweep.run_together(list(map(Path, folders)), in_here).items()}
 
 
 def _run_one(folder: Path, in_here: bool) -> dict[str, str]:
