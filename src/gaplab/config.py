@@ -260,7 +260,7 @@ class Trainer:
     accumulate_grad_batches: int = key(1, "Mini-batches whose gradients make one optimizer step.", POSITIVE)
     threads: int | None = key(
         None,
-        "CPU threads of an operation; they and the kind of CPU decide the last bits. null: torch's choice, in a sweep 1.",
+        "CPU threads of an operation; they and the kind of CPU decide the last bits. null: torch's own, in a sweep 1.",
         Range(1, 1024),
     )
     chunk_size: int = key(50, "Mini-batches per call of Lightning's; no effect on the result.", POSITIVE)
