@@ -65,9 +65,11 @@ def test_the_outcome_has_a_row_for_each_condition_and_says_what_to_type():
     results += [{}, RESULT | {"status": "FAILED", "error": "out of memory"}]
     labels, names = ["bn=false", "bn=false", "bn=true", "bn=true"], ["0_a", "1_b", "2_c", "3_d"]
     failed = [False, False, True, True]
-    print_outcome(Console(file=out, width=120), names, labels, results, failed, "sweep.resume=x", None)
+    print_outcome(
+        Console(file=out, width=120), names, labels, results, failed, "train -m sweep.resume=x", "report sweep=x", None
+    )
     text = out.getvalue()
     assert "0.9750 ± 0.0071" in text
     assert "2_c  not run" in text
     assert "3_d  FAILED: out of memory" in text
-    assert "python src/train.py -m sweep.resume=x" in text
+    assert "go on     train -m sweep.resume=x\nnext      report sweep=x" in text

@@ -890,6 +890,11 @@ def folder(name: str, value: str) -> Path:
     return path
 
 
+def elsewhere(outputs: Path) -> list[str]:
+    """The override with which a command looks into `outputs`; none where these are the usual ones."""
+    return [] if outputs == PROJECT / "outputs" else [f"paths.outputs={outputs}"]
+
+
 def check(config: Config) -> None:
     """Refuse values out of range and fields that exclude each other. Raises UserError with one line."""
     _check_ranges(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 from gaplab import config as configs
 from gaplab.errors import UserError
 from gaplab.files import plain
+from gaplab.machine import command
 from gaplab.tracking.journal import read_journal, read_receipt
 
 CONFIG, SWEEP = "config.yaml", "sweep.json"  # what makes a folder that of a run, and of a sweep
@@ -73,7 +74,7 @@ def find_sweep(outputs: Path, name: str, key: str) -> Path:
     if name == "latest":
         candidates = [path.parent for path in sweeps.glob(f"*/{SWEEP}")]
         if not candidates:
-            raise UserError(f"no sweep in {sweeps}; run one with python src/train.py -m …")
+            raise UserError(f"no sweep in {sweeps}; run one with {command('train', '-m')} …")
         latest = _newest(candidates)
         _tell(outputs, f"{key}=latest", latest)
         return latest
@@ -96,7 +97,7 @@ def _began(folder: Path) -> float:
 
 
 def _resume(sweep: Path) -> str:
-    return f"python src/train.py -m sweep.resume={sweep.name}"
+    return command("train", "-m", f"sweep.resume={sweep}")
 
 
 def _tell(outputs: Path, typed: str, folder: Path, more: str = "") -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import secrets
-import shlex
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from gaplab.config import Config, Data, ImageFolder, MLflow, Tracking
 from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, held, read_json, refuse_links, write_whole
 from gaplab.finder import find_run
-from gaplab.machine import uncollected
+from gaplab.machine import command, uncollected
 from gaplab.notes import NOTE, of_run
 from gaplab.recovery import recover
 from gaplab.result import RunResult, print_summary, print_times
@@ -102,13 +102,50 @@ def opened(config: Config, folder: Path | None = None, in_sweep: bool = False, c
         if not in_sweep:
             result.times["compose"] = composed
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # that it made its font cache is no news
-        with (folder / "console.log").open("w") if in_sweep else nullcontext() as output:
+        with (folder / "console.log").open("w", encoding="utf-8") if in_sweep else nullcontext() as output:
             console = Console(file=output, highlight=False)
             with _recorded(result, folder, tracker, console, started, _logs_model(config, in_sweep)):
                 yield Run(config, folder, tracker, result, started, console)
             print_summary(console, result, config)
+            if not in_sweep:
+                for head, line in zip(("next", ""), _advice(config, folder), strict=False):
+                    console.print(f"{head:8}{line}", markup=False, soft_wrap=True)
             if config.trainer.profile:
                 print_times(console, result)
+
+
+def _advice(config: Config, folder: Path) -> Iterator[str]:
+    """What to type after a run that was typed: the same with BatchNorm toggled, and where its curves are."""
+    outputs, words = configs.folder("paths.outputs", config.paths.outputs), typed_words()
+    if words is not None and _can_toggle(config):
+        if any(word.startswith("resume=") for word in words):
+            trust = [word for word in words if word.startswith("allowed_targets=")]
+            words = ["--config-dir", str(folder), "--config-name", "config", *trust]
+        own = [configs.masked(word) for word in words if not word.lstrip("+").startswith("model.bn=")]
+        yield f"{command('train', *own, f'model.bn={str(not config.model.bn).lower()}')}    (compare)"
+    if isinstance(config.tracking, MLflow):
+        if config.tracking.uri == f"sqlite:///{outputs / 'mlflow.db'}":
+            yield f"{command('ui', *configs.elsewhere(outputs))}    (look at the curves)"
+        elif config.tracking.uri.startswith("http"):
+            yield f"{configs.masked(config.tracking.uri)}    (look at the curves)"
+
+
+def _can_toggle(config: Config) -> bool:
+    """Whether the run could be typed with the other value of model.bn; a class of one's own may know no BatchNorm."""
+    if type(config.model) is configs.Model and not config.model.bn:
+        return False
+    try:
+        configs.check(replace(config, model=replace(config.model, bn=not config.model.bn)))
+    except UserError:
+        return False
+    return True
+
+
+def typed_words() -> list[str] | None:
+    """The whole command line after `train.py`, options included; None when gaplab is used as a library."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return sys.argv[1:] if HydraConfig.initialized() else None
 
 
 def _logs_model(config: Config, in_sweep: bool) -> bool:
@@ -139,7 +176,9 @@ def _recorded(
     except (interrupt.Interrupted, KeyboardInterrupt, SystemExit):  # rich exits when nobody reads any more
         result.status, wait_s = "KILLED", 1
         with suppress(OSError):
-            print(f"go on     python src/train.py resume={shlex.quote(str(folder))}", file=console.file, flush=True)
+            if console.file is sys.stdout:  # a job goes on with its sweep
+                trust = [word for word in overrides() if word.startswith("allowed_targets=")]
+                print(f"go on   {command('train', f'resume={folder}', *trust)}", flush=True)
         raise
     except (UserError, TrainingError) as error:
         result.status, result.error, result.diverged = "FAILED", str(error), isinstance(error, DivergenceError)
@@ -149,7 +188,7 @@ def _recorded(
         if result.error is None:
             result.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             with suppress(OSError):
-                (folder / "error.log").write_text(traceback.format_exc())
+                (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 result.error += f" (traceback in {folder / 'error.log'})"
         raise TrainingError(result.error) from error
     finally:
@@ -236,7 +275,7 @@ def _refuse_torchrun() -> None:
     """Each of its processes would begin a run of its own."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "LOCAL_RANK" in os.environ:
         raise UserError(
-            "torchrun: gaplab starts it by itself; python src/train.py trainer.devices=… trainer.num_nodes=…"
+            f"torchrun: gaplab starts it by itself; {command('train')} trainer.devices=… trainer.num_nodes=…"
         )
 
 

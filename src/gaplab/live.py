@@ -138,6 +138,7 @@ def print_outcome(
     results: list[dict[str, Any]],
     failed: list[bool],
     resume: str,
+    report: str,
     problem: str | None,
 ) -> None:
     """A row for each condition, then what failed and what to type next.
@@ -148,7 +149,7 @@ def print_outcome(
         labels: of each job's condition.
         results: `result.json` of each job, empty where there is none.
         failed: whether each job did not end as it should.
-        resume: what to type to go on.
+        resume, report: commands to type next.
         problem: what became of the launcher, if it gave up.
     """
     table = Table(title=f"{len(results)} jobs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -175,8 +176,8 @@ def print_outcome(
     if problem:
         console.print(problem, markup=False, soft_wrap=True)
     if bad:
-        console.print(f"go on     python src/train.py -m {resume}", markup=False, soft_wrap=True)
-    console.print("next      python src/report.py    (intervals, tests and verdicts)", soft_wrap=True)
+        console.print(f"go on     {resume}", markup=False, soft_wrap=True)
+    console.print(f"next      {report}    (intervals, tests and verdicts)", markup=False, soft_wrap=True)
 
 
 def _spread(values: list[Any], digits: int, factor: float) -> str:

@@ -15,6 +15,7 @@ from gaplab import launch
 from gaplab.config import Config, Gate, MLflow, Promote
 from gaplab.errors import UserError
 from gaplab.files import plain
+from gaplab.machine import command
 from gaplab.metrics import Gap, gap_change
 from gaplab.tracking.registry import Registry, Version
 
@@ -116,7 +117,7 @@ def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
     elif settings.version is not None:
         version = models.version(settings.version)
     else:
-        _list(console, models)
+        _list(console, models, typed)
         return
     champion = models.champion()
     if champion is not None and champion.number == version.number:
@@ -129,12 +130,12 @@ def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
     if decision.passed:
         latest = models.champion()
         if (latest and latest.number) != (champion and champion.number):
-            again = f"python src/promote.py version={version.number}"
+            again = _command(typed, f"version={version.number}")
             raise UserError(f"another version has become champion meanwhile; judge this one once more: {again}")
     models.describe(version, decision.tags())
     if decision.passed:
         models.crown(version)
-    _print(console, models, version, decision)
+    _print(console, models, version, decision, _command(typed, f"version={version.number}", "force=true"))
 
 
 def after_run(folder: Path, config: Config, typed: Sequence[str]) -> None:
@@ -163,7 +164,8 @@ def register(models: Registry, settings: Promote, typed: Sequence[str]) -> Versi
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
     run = load_run(settings.run, outputs, models.uri, typed)
     if run.run_id is None:
-        raise UserError(f"{plain(run.folder)}: the run is not in MLflow; python src/sync.py sends it if it was tracked")
+        send = command("sync", *configs.elsewhere(outputs))
+        raise UserError(f"{plain(run.folder)}: the run is not in MLflow; {send} sends it if it was tracked")
     if run.folder is not None and (status := run.result.get("status")) != "FINISHED":
         raise UserError(
             f"{plain(run.folder)}: the run is {status or 'not finished'}; only finished ones are registered"
@@ -244,10 +246,10 @@ def _gap(model: "Trained") -> Gap | None:
     return Gap(*values) if len(values) == 3 else None
 
 
-def _list(console: Console, models: Registry) -> None:
+def _list(console: Console, models: Registry, typed: Sequence[str]) -> None:
     versions = models.versions()
     if not versions:
-        console.print(f"{models.name}: no version yet; python src/promote.py run=latest makes one")
+        console.print(f"{models.name}: no version yet; {_command(typed, 'run=latest')} makes one", markup=False)
         return
     table = Table(title=escape(models.name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("version", "is", "run", "test", "gap, pp", "gate", "why"):
@@ -277,7 +279,7 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _print(console: Console, models: Registry, version: Version, decision: Decision) -> None:
+def _print(console: Console, models: Registry, version: Version, decision: Decision, by_hand: str) -> None:
     if decision.paired is not None:
         console.print(f"version {version.number} beside the champion, version {decision.against}")
     for reason in decision.reasons:
@@ -287,8 +289,16 @@ def _print(console: Console, models: Registry, version: Version, decision: Decis
     if decision.passed:
         console.print(f"{models.name}: version {version.number} is champion", markup=False)
     else:
-        again = f"python src/promote.py version={version.number} force=true"
-        console.print(f"{models.name}: version {version.number} is challenger; by hand: {again}", markup=False)
+        line = f"{models.name}: version {version.number} is challenger; by hand: {by_hand}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _command(typed: Sequence[str], *words: str) -> str:
+    """`src/promote.py` with these words, for the registry that the words typed so far name."""
+    kept = [
+        configs.masked(word) for word in typed if word.startswith(("tracking", "paths.", "gate.", "allowed_targets="))
+    ]
+    return command("promote", *words, *kept)
 
 
 def _pp(value: float) -> str:

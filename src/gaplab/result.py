@@ -131,11 +131,6 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
         f"{result.params:,} parameters, {result.device}{batchnorm}",
         soft_wrap=True,
     )
-    toggled = "false" if config.model.bn else "true"
-    console.print(
-        f"next    python src/train.py model.bn={toggled}    (compare)\n        make ui    (look at the curves)",
-        soft_wrap=True,
-    )
 
 
 def print_times(console: Console, result: RunResult) -> None:

@@ -30,7 +30,7 @@ from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.finder import find_sweep
 from gaplab.live import LiveView, print_jobs, print_outcome
-from gaplab.machine import uncollected, usable_cores
+from gaplab.machine import command, uncollected, usable_cores
 from gaplab.notes import NOTE, asked, counts, joined
 from gaplab.recovery import recover
 from gaplab.run import Run
@@ -268,7 +268,7 @@ def _compose(hydra_config: Any, context: Any, params: list[str], typed: list[str
         if config.resume:
             raise UserError("resume: of a single run; a sweep goes on with sweep.resume=latest")
         if configs.registers(config):
-            raise UserError("tracking.register=true: of a single run; after a sweep, python src/promote.py run=<job>")
+            raise UserError(f"tracking.register=true: of a single run; after a sweep, {command('promote')} run=<job>")
         # what is said of the sweep is not said of its jobs
         config = replace(config, sweep=replace(config.sweep, resume=None, dry_run=False))
         launch.check_root(config.data)
@@ -440,11 +440,12 @@ def _run(
             tracker.finish(status, wait_s)
             labels = conditions(jobs)
             keys = [word for word in hydra_config.hydra.overrides.hydra if "hydra.launcher." in word]
-            words = [f"sweep.resume={folder}"] + ([] if in_here else [f"hydra/launcher={engine}", *keys])
-            resume = shlex.join(words)
+            trust = [word for word in typed if word.startswith("allowed_targets=")]
+            words = [f"sweep.resume={folder}", *trust] + ([] if in_here else [f"hydra/launcher={engine}", *keys])
+            resume, report = command("train", "-m", *words), command("report", f"sweep={folder}")
             if (after := _environments(jobs)) and after != before:
                 console.print(f"note: {after}", markup=False, soft_wrap=True)
-            print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, problem)
+            print_outcome(console, [job.folder.name for job in jobs], labels, results, lost, resume, report, problem)
     if any(lost):
         raise TrainingError(f"{sum(lost)} of {len(jobs)} jobs did not finish")
 

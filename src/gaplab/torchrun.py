@@ -128,7 +128,9 @@ def _raise(config: Config, scratch: Path, status: int) -> None:
         error = own[0]
         with suppress(OSError):
             if error["traceback"] and scratch.name == "ranks":
-                (scratch.parent / "error.log").write_text(error["traceback"])
+                (scratch.parent / "error.log").write_text(
+                    error["traceback"], encoding="utf-8", errors="backslashreplace"
+                )
         if error["kind"] == "UserError":  # all have the same to say
             raise UserError(error["message"])
         raise ERRORS.get(error["kind"], TrainingError)(f"rank {error['rank']}: {error['message']}")

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import secrets
-import shlex
 import subprocess
 import sys
 import threading
@@ -22,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from gaplab.config import PROJECT, USUAL_TARGETS, MLflow, Tracking
+from gaplab.config import USUAL_TARGETS, MLflow, Tracking, elsewhere
 from gaplab.files import read_json, write_whole
+from gaplab.machine import command
 
 SEND_WAIT_S = 7.0  # all waits of a command together; MLflow's own start beside it costs some seconds more
 RUN_WAIT_S = 6.0
@@ -288,8 +288,9 @@ class Tracker:
 
     def _sync(self) -> str:
         outputs = self._folder.parent.parent
-        where = "" if outputs == PROJECT / "outputs" else f" paths.outputs={shlex.quote(str(outputs))}"
-        return f"python src/sync.py{where} sends the rest of {journal_of(self._folder).relative_to(outputs)}"
+        return (
+            f"{command('sync', *elsewhere(outputs))} sends the rest of {journal_of(self._folder).relative_to(outputs)}"
+        )
 
     def _last_word(self) -> str:
         log = self._folder / "mlflow.log"

@@ -7,6 +7,7 @@ from gaplab import config as configs
 from gaplab.config import MLflow, Serve
 from gaplab.errors import UserError
 from gaplab.files import read_json
+from gaplab.machine import command
 from gaplab.tracking.registry import download
 from gaplab.tracking.server import HOST, check_port, ended, running
 
@@ -15,7 +16,7 @@ def serve(settings: Serve) -> None:
     """Serve a model until this process is told to stop. Raises UserError, TrainingError."""
     assert isinstance(settings.tracking, MLflow)
     port = settings.port
-    check_port(port, "give another: python src/serve.py port=…")
+    check_port(port, f"give another: {command('serve')} port=…")
     log = configs.folder("paths.outputs", settings.paths.outputs) / f"serve-{port}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from gaplab import config as configs
 from gaplab import interrupt
 from gaplab.config import MLflow, Ui
 from gaplab.errors import UserError
+from gaplab.machine import command
 from gaplab.tracking import dashboard
 from gaplab.tracking.server import HOST, check_port, ended, running
 
@@ -27,9 +28,13 @@ def ui(settings: Ui) -> None:
     """
     outputs = configs.folder("paths.outputs", settings.paths.outputs)
     database, port = outputs / "mlflow.db", settings.port
+    where = configs.elsewhere(outputs)
     if not database.is_file():
-        raise UserError(f"nothing to show yet: no {database}; python src/train.py model.bn=true makes a first run")
-    check_port(port, f"take another: make ui PORT={port + 1 if port < 65535 else port - 1}")
+        raise UserError(
+            f"nothing to show yet: no {database}; {command('train', 'model.bn=true', *where)} makes a first run"
+        )
+    other = f"port={port + 1 if port < 65535 else port - 1}"
+    check_port(port, f"take another: {command('ui', other, *where)}")
     address, log = f"http://{HOST}:{port}", outputs / "ui.log"
     print(f"starting MLflow on {address}, for this machine alone", flush=True)
     words = ["server", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
