@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
 from gaplab import launch, worker
-from gaplab.tracking.journal import journal_of, read_receipt
+from gaplab.tracking.journal import journal_of, read_receipt, write_receipt
 
 THREADS = int(os.environ.get("GAPLAB_TEST_THREADS", "1"))  # of one operation; tests/portable.py tries 2
 
@@ -110,6 +110,19 @@ def sent(folder: Path, seconds: float = 240) -> None:
     while read_receipt(folder).get("sent") != journal_of(folder).stat().st_size:
         assert time.monotonic() < deadline, (folder / "mlflow.log").read_text()
         time.sleep(0.1)
+
+
+def put_into_mlflow(folder):
+    """The id of a run without metrics, which stands for the one in `folder`."""
+    from mlflow import MlflowClient
+
+    home = folder.parents[1]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("gaplab")  # the default one keeps its files in the current folder
+    number = experiment.experiment_id if experiment else client.create_experiment("gaplab", f"{home}/mlruns")
+    run_id = client.create_run(number, run_name=folder.name).info.run_id
+    write_receipt(folder, {"run_id": run_id})
+    return run_id
 
 
 @pytest.fixture

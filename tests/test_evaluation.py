@@ -172,14 +172,14 @@ def test_other_data_of_the_same_shape(trained_runs, outputs, tmp_path):
 
 def test_data_of_another_shape_or_without_a_test_part_are_refused(trained_runs, outputs, picture_folder):
     words = [f"run={trained_runs[0]}", "data=image_folder", f"data.root='{picture_folder}'", "data.workers=0"]
-    with pytest.raises(UserError, match="data=image_folder: pictures of 3x64x64, and mlp bn s0 takes 1x28x28"):
+    with pytest.raises(UserError, match=r"data=image_folder: pictures of 3x64x64, and mlp bn s\d takes 1x28x28"):
         evaluate(settings(outputs, *words))
-    with pytest.raises(UserError, match="2 classes, and mlp bn s0 knows 10"):
+    with pytest.raises(UserError, match=r"2 classes, and mlp bn s\d knows 10"):
         evaluate(settings(outputs, *words, "data.channels=1", "data.image_size=28"))
 
 
 def test_the_latest_run_is_evaluated_even_if_it_is_a_job(trained_runs, outputs, tmp_path, capsys):
-    assert load_run("latest", outputs, None).config.seed == 1
+    assert load_run("latest", outputs, None).folder == trained_runs[1]
     job = tmp_path / "sweeps" / "s" / "3_seed=0"
     shutil.copytree(trained_runs[0], job)
     (job.parent / "sweep.json").write_text("{}")

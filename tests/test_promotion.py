@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import SMALL, composed
+from conftest import SMALL, composed, put_into_mlflow
 from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
@@ -20,7 +20,6 @@ from gaplab.export import best_network
 from gaplab.metrics import Gap, gap_change, paired_difference
 from gaplab.promotion import decide, promote
 from gaplab.stats import mcnemar
-from gaplab.tracking.journal import write_receipt
 from gaplab.tracking.registry import Registry
 from gaplab.training.reader import checksum_path, read_checkpoint
 
@@ -108,19 +107,6 @@ def stage(folder, missing=(), **keys):
     images, labels = mnist(train=False)
     result["test_acc"] = float((network(images).argmax(1) == labels).double().mean())
     (folder / "result.json").write_text(json.dumps(result))
-
-
-def put_into_mlflow(folder):
-    """The id of a run without metrics, which stands for the one in `folder`."""
-    from mlflow import MlflowClient
-
-    home = folder.parents[1]
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiment = client.get_experiment_by_name("gaplab")  # the default one keeps its files in the current folder
-    number = experiment.experiment_id if experiment else client.create_experiment("gaplab", f"{home}/mlruns")
-    run_id = client.create_run(number, run_name=folder.name).info.run_id
-    write_receipt(folder, {"run_id": run_id})
-    return run_id
 
 
 @cache

@@ -142,7 +142,7 @@ def keys_of(value):
 
 
 def test_a_checkpoint_is_as_one_of_a_run_alone_and_is_gone_on_with_alone(tmp_path):
-    common = ["optimizer=sgd", "model=cnn", "model.widths=[4,8]", "model.hidden_dims=[16]", *EXACT]
+    common = ["optimizer=sgd", "model=cnn", "model.widths=[2,2]", "model.hidden_dims=[8]", *EXACT]
     common += ["model.bn=true", "scheduler=one_cycle", "trainer.early_stopping=5"]
     words = [[*common, f"seed={seed}"] for seed in (0, 1)]
     (tmp_path / "sweeps").mkdir()
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_as_one_of_a_run_alone_and_is_gone_on_with_alone(tmp_pat
         (tmp_path / "sweeps" / name / "0_job" / "checkpoints" / "best.ckpt").stat().st_size
         for name in ("together", "alone")
     ]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
 
     # as if killed after the first epoch: what `previous.ckpt` holds is gone on with
     for folder in folders:

@@ -74,7 +74,7 @@ def test_accuracies_equal_an_independent_count_from_the_files_to_the_sample(run,
 
 def test_result_holds_what_the_contract_says(run):
     result, folder = run("model.bn=true", "trainer.max_epochs=3", "data.batch_size=64", "trainer.early_stopping=1")
-    assert (result["status"], result["seed"], result["device"]) == ("FINISHED", 0, "cpu")
+    assert (result["status"], result["seed"], result["device"]) == ("FINISHED", composed().seed, "cpu")
     assert result["steps"] == 16 * result["epochs"]
     assert result["params"] == 67722
     for part in (result, result["best"]):
@@ -109,7 +109,7 @@ def test_accumulated_gradients_of_equal_batches_are_those_of_one_large_batch(run
 
 def test_clipping_bounds_the_step(run):
     _, folder = run("optimizer=sgd", "optimizer.momentum=0", "optimizer.lr=1", "trainer.gradient_clip_val=1e-4")
-    start = build_network(asdict(composed().model), (1, 28, 28), 10).body.state_dict()
+    start = build_network(asdict(composed().model), (1, 28, 28), 10, composed().seed).body.state_dict()
     end = weights(folder)
     moved = sum(float((end[f"network.body.{name}"] - value).square().sum()) for name, value in start.items()) ** 0.5
     assert 0 < moved <= 16 * 1e-4 * 1.001  # 16 steps

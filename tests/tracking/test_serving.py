@@ -10,13 +10,12 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_refused, composed, sent, typed
+from conftest import SMALL, assert_refused, composed, put_into_mlflow, typed
 
 from gaplab import config as configs
 from gaplab import export, launch
 from gaplab.config import Serve
 from gaplab.errors import UserError
-from gaplab.tracking.journal import read_receipt
 from gaplab.tracking.registry import Registry
 from gaplab.tracking.server import check_port
 from gaplab.tracking.serving import serve
@@ -32,13 +31,10 @@ def free_port():
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory):
     home = tmp_path_factory.mktemp("serving")
-    words = [word for word in SMALL if word != "tracking=none"]
-    config = composed(*words, f"paths.outputs={home}", "tracking.log_model=false", "trainer.threads=1")
-    launch.launch(config, home / "runs" / "one")
-    sent(home / "runs" / "one")
-    run_id = read_receipt(home / "runs" / "one")["run_id"]
-    model_id = export.log(home / "runs" / "one", run_id, list(configs.USUAL_TARGETS), config.tracking.uri)
-    models = Registry(config.tracking.uri, "gaplab")
+    launch.launch(composed(*SMALL, f"paths.outputs={home}"), home / "runs" / "one")
+    uri, run_id = f"sqlite:///{home}/mlflow.db", put_into_mlflow(home / "runs" / "one")
+    model_id = export.log(home / "runs" / "one", run_id, list(configs.USUAL_TARGETS), uri)
+    models = Registry(uri, "gaplab")
     models.crown(models.add(model_id, run_id, "served"))
     return home
 
@@ -110,7 +106,13 @@ def test_other_kinds_and_methods_are_refused(server):
 def test_bad_input_is_one_line(champion, server, tmp_path):
     where = f"paths.outputs={champion}"
     assert_refused(typed("serve", where, f"port={server}", cwd=tmp_path), f"port={server}: cannot be used")
-    assert_refused(typed("serve", where, "model=models:/gaplab/7", f"port={free_port()}"), "models:/gaplab/7: ")
+
+
+def test_a_version_that_is_not_there_is_named(champion):
+    store = configs.MLflow(uri=f"sqlite:///{champion}/mlflow.db")
+    settings = Serve(tracking=store, model_uri="models:/gaplab/7", port=free_port())
+    with pytest.raises(UserError, match="models:/gaplab/7: "):
+        serve(settings)
 
 
 def test_a_store_that_is_not_there_is_named(tmp_path):

@@ -34,6 +34,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return state
 
 
+SMALL_CNN = ["model.widths=[4,8]", "model.hidden_dims=[16]"]
 EXACT = "optimizer.lr=0.0009765625"  # in float32 too
 
 
@@ -41,7 +42,7 @@ EXACT = "optimizer.lr=0.0009765625"  # in float32 too
     ("words", "exact"),
     [
         (["optimizer=adamw", EXACT, "model.dropout=0.3", "trainer.gradient_clip_val=0.5"], True),
-        (["model=cnn", EXACT, "data.augment=crop_flip", "trainer.precision=bf16-mixed"], True),
+        (["model=cnn", *SMALL_CNN, EXACT, "data.augment=crop_flip", "trainer.precision=bf16-mixed"], True),
         (["optimizer=sgd", "optimizer.weight_decay=0.01", "scheduler=one_cycle"], False),
     ],
 )

@@ -12,7 +12,7 @@ from gaplab.training.captured import WARM_UP
 from gaplab.training.optim import build_optimizer, make_capturable_
 from gaplab.training.stack import Dropout, Stack
 
-R, B, STEPS = 3, 16, 200
+R, B, STEPS = 3, 16, 60
 KINDS = {
     "mlp": ["model=mlp"],
     "cnn": ["model=cnn", "model.widths=[4,8]", "model.hidden_dims=[16]"],
