@@ -414,3 +414,18 @@ def test_ctrl_c_is_heard_where_the_jobs_run_in_the_sweeps_own_process(jobs, tmp_
             gaplab_fused._run(list(map(str, folders)), writer=os.getpid())
         assert signal.getsignal(signal.SIGINT) is handler
     assert [result(folder)["status"] for folder in folders] == ["KILLED"] * jobs
+
+
+@pytest.mark.parametrize("run", [sweep.run_saved, lambda folder: sweep.run_together([folder])])
+def test_of_many_processes_that_are_told_to_stop_only_the_sweep_says_so(run, tmp_path, monkeypatch, capfd):
+    (folder,) = saved(tmp_path / "sweeps" / "a", [])
+
+    def train(*_):
+        with interrupt.deferred():
+            signal.raise_signal(signal.SIGTERM)
+
+    for module in (worker, together_module):
+        monkeypatch.setattr(module, "train", train)
+    with pytest.raises(interrupt.Interrupted):
+        run(folder)
+    assert "stopping" not in capfd.readouterr().err

@@ -133,7 +133,7 @@ def run_saved(folder: Path, in_here: bool = False) -> None:
     from filelock import FileLock
 
     config = configs.load(folder / "config.yaml")
-    with interrupt.handled(), nullcontext() if in_here else _stopped_with(folder.parent):
+    with interrupt.handled(quiet=not in_here), nullcontext() if in_here else _stopped_with(folder.parent):
         with FileLock(folder / ".lock"):  # a job that outlived its sweep ends first
             finished = is_finished(folder, config)
         if not finished:
@@ -154,7 +154,7 @@ def run_together(folders: list[Path], in_here: bool = False) -> dict[Path, str]:
         with FileLock(folder / ".lock"):
             if not is_finished(folder, config):
                 waiting[folder] = config
-    with interrupt.handled(), nullcontext() if in_here else _stopped_with(folders[0].parent):
+    with interrupt.handled(quiet=not in_here), nullcontext() if in_here else _stopped_with(folders[0].parent):
         seats: dict[Path, AbstractContextManager[Run]] = {}
         runs = []
 
