@@ -93,8 +93,8 @@ def test_result_holds_what_the_contract_says(run):
 
 
 def test_the_running_accuracy_is_another_figure_and_not_the_gaps(run):
-    result, _ = run("model.dropout=0.8", "trainer.max_epochs=3", "optimizer.lr=0.01")
-    assert result["train_acc_running"] < result["train_acc"]
+    result, _ = run("model.dropout=0.5", "model.hidden_dims=[64]", "trainer.max_epochs=4", "optimizer.lr=0.003")
+    assert result["train_acc_running"] < result["train_acc"] - 0.03  # it is 0.15 lower, for any seed
     assert result["gap_acc"] == result["train_acc"] - result["valid_acc"]
 
 
