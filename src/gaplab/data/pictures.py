@@ -34,8 +34,9 @@ PART = re.compile(  # of seg_train, Test-Images
     r"(?:[ _-]?(?:set|split|data|images|pictures))?",
     re.IGNORECASE,
 )
-SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
-FEW_LEVELS = 16  # of 256: less than 12-bit pictures stored in 16 bits would keep are not worth training on
+SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+SYSTEM |= {"thumbs.db", "desktop.ini"}
+FEW_LEVELS = 16  # of 256, what 12-bit values stored in 16 bits would keep: too few to train on
 SHOWN_KINDS = 6  # of files that are not read
 
 
