@@ -69,6 +69,7 @@ def test_the_outcome_has_a_row_for_each_condition_and_says_what_to_type():
         Console(file=out, width=120), names, labels, results, failed, "train -m sweep.resume=x", "report sweep=x", None
     )
     text = out.getvalue()
+    assert "not finished" in text
     assert "0.9750 ± 0.0071" in text
     assert "2_c  not run" in text
     assert "3_d  FAILED: out of memory" in text

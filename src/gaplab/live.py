@@ -154,7 +154,7 @@ def print_outcome(
     """
     table = Table(title=f"{len(results)} jobs", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("last epoch, mean ± sd over seeds")
-    for heading in ("seeds", "lost", "train", "valid", "gap, pp", "test of best"):
+    for heading in ("seeds", "not finished", "train", "valid", "gap, pp", "test of best"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label in dict.fromkeys(labels):
         mine = [result for result, one in zip(results, labels, strict=True) if one == label]
