@@ -147,6 +147,53 @@ def test_who_was_trained_on_the_samples_is_said(trained_runs, outputs):
     assert f"was trained on {seen:,} of these 500 samples" in note
 
 
+def said_of(outputs, *words):
+    return json.loads((evaluate(settings(outputs, *words)) / "evaluation.json").read_text())
+
+
+def test_the_samples_that_a_network_was_trained_on_are_counted_in_another_split_of_the_same_data(
+    trained_runs, outputs, capsys
+):
+    said = said_of(outputs, f"run={trained_runs[0]}", "split=valid", "data=mnist")  # the first 5 000 of the same order
+    assert said["trained_on"] == 1000
+    assert said["notes"] == ["mlp bn s0 was trained on 1,000 of these 5,000 samples"]
+    assert f"note: {said['notes'][0]}\n" in capsys.readouterr().out
+
+
+def test_they_are_found_by_their_pixels_in_other_data(trained_runs, outputs, tmp_path):
+    from PIL import Image
+
+    images, labels = raw("train-images-idx3", 16).reshape(-1, 28, 28), raw("train-labels-idx1", 8)
+    splits = np.load(trained_runs[0] / "splits.npz")
+    for part, indices in {"test": [*splits["train"][:30], *splits["valid"][:20]], "train": splits["valid"]}.items():
+        for index in indices:
+            folder = tmp_path / part / str(labels[index])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[index]).save(folder / f"{index}.png")
+    for label in range(10):
+        (tmp_path / "test" / str(label)).mkdir(exist_ok=True)
+        if not any((tmp_path / "test" / str(label)).iterdir()):
+            index = next(index for index in splits["valid"][20:] if labels[index] == label)
+            Image.fromarray(images[index]).save(tmp_path / "test" / str(label) / f"{index}.png")
+    words = ["data=image_folder", f"data.root={tmp_path}", "data.image_size=28", "data.channels=1", "data.workers=0"]
+    said = said_of(outputs, f"run={trained_runs[0]}", f"against={trained_runs[1]}", *words)
+    theirs = np.isin(
+        [int(path.stem) for path in tmp_path.glob("test/*/*")], np.load(trained_runs[1] / "splits.npz")["train"]
+    )
+    assert (said["trained_on"], said["against"]["trained_on"]) == (30, theirs.sum())
+
+
+def test_what_is_not_known_is_told(trained_runs, outputs, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    shutil.copytree(trained_runs[0], folder)
+    (folder / "splits.npz").write_bytes(b"cut off")
+    said = said_of(tmp_path, "split=valid")
+    assert said["trained_on"] is None
+    assert said["notes"][0].startswith("not known whether mlp bn s0 was trained on samples of this split: ")
+    said = said_of(tmp_path)
+    assert (said["trained_on"], said["notes"]) == (0, [])
+
+
 def test_a_network_beside_itself_differs_in_nothing(trained_runs, outputs):
     network = load_run(str(trained_runs[0]), outputs, None)
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)

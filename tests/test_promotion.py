@@ -3,23 +3,28 @@
 import json
 import re
 import shutil
+import threading
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, composed, put_into_mlflow
 from hydra import compose, initialize_config_dir
 
 from gaplab import config as configs
-from gaplab import launch
+from gaplab import evaluation, launch, promotion
 from gaplab.config import Gate
+from gaplab.data.splits import split
 from gaplab.errors import UserError
 from gaplab.evaluation import Paired, evaluate
 from gaplab.export import best_network
+from gaplab.files import locked
 from gaplab.metrics import Gap, gap_change, paired_difference
 from gaplab.promotion import decide, promote
 from gaplab.stats import mcnemar
+from gaplab.tracking import registry as module
 from gaplab.tracking.registry import Registry
 from gaplab.training.reader import checksum_path, read_checkpoint
 
@@ -107,6 +112,12 @@ def stage(folder, missing=(), **keys):
     images, labels = mnist(train=False)
     result["test_acc"] = float((network(images).argmax(1) == labels).double().mean())
     (folder / "result.json").write_text(json.dumps(result))
+
+
+def mnist_labels():
+    from torchvision.datasets import MNIST
+
+    return MNIST(configs.PROJECT / "data").targets.numpy()
 
 
 @cache
@@ -201,7 +212,28 @@ def test_a_valid_split_that_the_champion_was_trained_on_does_not_judge(outputs, 
     shutil.copytree(outputs / "runs" / "trained", outputs / "runs" / "seed5")
     stage(outputs / "runs" / "seed5", seed=5)
     say(outputs, "run=seed5", "gate.split=valid")
-    assert "the champion was trained on samples of this valid split" in capsys.readouterr().out
+    held_out = split(mnist_labels(), 1000, 500, seed=5)[1]
+    count = len(np.intersect1d(held_out, np.load(outputs / "runs" / "better" / "splits.npz")["train"]))
+    assert count > 0
+    out = capsys.readouterr().out
+    assert f"the champion was trained on {count} of the 500 samples of this valid split; gate.split=test" in out
+    assert registry(outputs).champion().number == 4
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seen", "told", "judged"),
+    [
+        ("test", 3, "the champion was trained on 3 of the 10,000 samples of this test split", False),
+        ("test", None, "not known whether the champion was trained on samples of this test split", True),
+        ("valid", None, "not known whether the champion was trained on samples of this valid split", False),
+    ],
+)
+def test_seen_samples_judge_nobody_and_unknown_ones_are_told(outputs, monkeypatch, capsys, chosen, seen, told, judged):
+    monkeypatch.setattr(evaluation, "trained_on", lambda *_: seen)
+    say(outputs, "version=2", f"gate.split={chosen}")
+    out = capsys.readouterr().out
+    assert told in out
+    assert ("McNemar" in out) == judged
     assert registry(outputs).champion().number == 4
 
 
@@ -214,3 +246,142 @@ def test_a_model_that_takes_other_pictures_stays_challenger(outputs, picture_fol
     say(outputs, "run=other")
     assert "takes other pictures, or knows other classes, than the champion" in capsys.readouterr().out
     assert registry(outputs).champion().number == 4
+
+
+@pytest.fixture
+def models(outputs, request):
+    """A registered model of its own: the same four versions, of which 1 and then 4 were champion."""
+    found = Registry(registry(outputs).uri, f"of {request.node.name}")
+    for version in registry(outputs).versions()[:4]:
+        found.add(version.source.removeprefix("models:/"), version.run_id, "")
+    for number in (1, 4):
+        found.crown(found.version(number))
+    return found
+
+
+@pytest.fixture
+def judge(outputs, models, capsys):
+    """`python src/promote.py …` on it; what is printed."""
+
+    def judge(*words):
+        capsys.readouterr()
+        say(outputs, f"tracking.registered_model='{models.name}'", *words)
+        return capsys.readouterr().out
+
+    return judge
+
+
+def champion(models):
+    version = models.champion()
+    return version and version.number
+
+
+def test_a_candidate_that_failed_stays_challenger_when_the_champion_is_deleted(models, judge):
+    models._client.delete_model_version(models.name, "4")
+    told = "version 4 was champion, and was deleted in MLflow"
+    assert f"{told}: compared with version 1, the newest former champion" in judge("version=3")
+    assert (champion(models), models.version(3).tags["gate"], models.version(3).tags["gate.against"]) == (
+        None, "not passed", "1",
+    )  # fmt: skip
+    assert "promote.py rollback=true makes version 1 champion" in judge()
+    judge("version=2")  # as good as version 1
+    assert champion(models) == 2
+
+
+def test_a_champion_whose_alias_was_removed_is_still_the_measure_and_comes_back(models, judge):
+    models._client.delete_registered_model_alias(models.name, "champion")
+    assert "its alias was removed in MLflow: compared with version 4" in judge("version=1")
+    assert champion(models) is None
+    assert "version 4 is champion again\n" in judge("rollback=true")
+    assert champion(models) == 4
+
+
+def test_without_any_former_champion_only_force_helps(models, judge):
+    for number in "14":
+        models._client.delete_model_version(models.name, number)
+    assert "no former champion is left to compare with; force=true makes this version champion" in judge("version=2")
+    assert (champion(models), models.version(2).tags["gate"]) == (None, "not passed")
+    with pytest.raises(UserError, match=r"no former champion of .* is left in MLflow"):
+        judge("rollback=true")
+    judge("version=2", "force=true")
+    assert champion(models) == 2
+
+
+def test_a_champion_chosen_by_hand_is_the_measure_and_what_a_rollback_returns_to(models, judge):
+    models._client.set_registered_model_alias(models.name, "champion", "2")
+    judge("version=3", "force=true")
+    assert "version 2 is champion again, version 3 no longer" in judge("rollback=true")
+    models._client.set_registered_model_alias(models.name, "champion", "3")
+    assert "version 2 is champion again, version 3 no longer" in judge("rollback=true")
+
+
+def test_a_rollback_passes_over_deleted_and_unreadable_versions(models, judge, monkeypatch):
+    for number in (2, 3):
+        models.crown(models.version(number))
+    models._client.delete_model_version(models.name, "2")
+
+    def download(address, *_):
+        if address.endswith("/4"):
+            raise UserError("its files are gone")
+
+    monkeypatch.setattr(module, "download", download)
+    assert judge("rollback=true").splitlines() == [
+        "passed over version 4: its files are gone",
+        f"{models.name}: version 1 is champion again, version 3 no longer",
+    ]
+
+
+def test_a_champion_that_cannot_be_read_names_the_way_out(models, judge, monkeypatch):
+    real = module.fetch
+
+    def fetch(address, *rest):
+        if address.endswith("/4"):
+            raise UserError(f"{address}: its files are gone")
+        return real(address, *rest)
+
+    monkeypatch.setattr(module, "fetch", fetch)
+    with pytest.raises(
+        UserError, match=r"the champion cannot be read: .*/4: its files are gone; .* version=2 force=true"
+    ):
+        judge("version=2")
+
+
+def test_a_champion_whose_run_was_deleted_still_judges(outputs, models, judge):
+    run_id = models.version(4).run_id
+    models._client.delete_run(run_id)
+    try:
+        assert "beside the champion, version 4" in judge("version=3")
+    finally:
+        models._client.restore_run(run_id)
+
+
+def test_a_renamed_model_is_not_begun_anew(models, judge):
+    models._client.rename_registered_model(models.name, "renamed")
+    for words in ["version=2"], ["run=first"], ["rollback=true"]:
+        with pytest.raises(UserError, match=r"was renamed renamed in MLflow; use tracking.registered_model=renamed"):
+            judge(*words)
+
+
+def test_a_champion_that_another_machine_chose_meanwhile_is_not_replaced(models, judge, monkeypatch):
+    real = promotion._judge
+
+    def slow(*args):
+        models.crown(models.version(3))
+        return real(*args)
+
+    models.crown(models.version(1))
+    monkeypatch.setattr(promotion, "_judge", slow)
+    with pytest.raises(UserError, match="another version has become champion meanwhile"):
+        judge("version=4")
+    assert champion(models) == 3
+
+
+def test_two_promotions_on_a_machine_follow_each_other(outputs, models, judge, monkeypatch):
+    entered = threading.Event()
+    monkeypatch.setattr(promotion, "_promote", lambda *_: entered.set())
+    with locked(outputs / ".promote.lock"):
+        second = threading.Thread(target=judge, args=["version=2"])
+        second.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(60)
+    second.join()

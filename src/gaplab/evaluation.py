@@ -2,10 +2,12 @@
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -21,10 +23,13 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from gaplab import config as configs
 from gaplab import figures, launch
-from gaplab.config import Evaluate, MLflow
-from gaplab.data.datamodule import DataModule, build_datamodule
+from gaplab.config import Evaluate, MLflow, TorchvisionData
+from gaplab.data.datamodule import DataModule, build_datamodule, read_sources
+from gaplab.data.datasets import files_of
+from gaplab.data.resident import Resident
 from gaplab.errors import UserError
 from gaplab.files import held, plain, write_whole
+from gaplab.finder import find_run
 from gaplab.metrics import Score, paired_difference, wilson
 from gaplab.stats import mcnemar
 from gaplab.trained import Trained, check_same_kind, load, load_either
@@ -165,7 +170,10 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
     if other is not None:
         check_same_kind(network, other)
     data, what = _data(network, settings, outputs)
-    notes = [] if other is None else list(_seen_in_training(network, other, settings))
+    seen = trained_on(network, data, settings.split, outputs, uri)
+    seen_by_other = None if other is None else trained_on(other, data, settings.split, outputs, uri)
+    total = len(data.splits[settings.split].indices)
+    notes = _seen_notes(network, seen, total) + ([] if other is None else _seen_notes(other, seen_by_other, total))
     if data.classes != network.classes:
         notes.append(
             f"its classes have other names ({data.classes[0]} for {network.classes[0]}, …): what counts as right?"
@@ -177,13 +185,13 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
     _print(console, network, other, result, paired, what, notes)
     folder = _folder(network, settings, outputs, what)
     content: dict[str, Any] = {"name": network.name, "run_id": network.run_id, "samples": what, "split": settings.split}
-    content |= {"digest": data.splits["train"].source.digest(), **asdict(result)}
+    content |= {"digest": data.splits["train"].source.digest(), **asdict(result), "trained_on": seen}
     if paired is not None and other is not None:
-        content["against"] = {"name": other.name, "run_id": other.run_id, **asdict(paired)}
+        content["against"] = {"name": other.name, "run_id": other.run_id, **asdict(paired), "trained_on": seen_by_other}
     content["notes"] = notes
     paths = _write(folder, content, network, found, result, what)
     console.print(f"files     {folder}", markup=False, soft_wrap=True)
-    _write_back(console, network, settings, result, paired, what, paths, uri)
+    _write_back(console, network, settings, result, paired, seen, paths, uri)
     return folder
 
 
@@ -212,20 +220,71 @@ def _data(network: Trained, settings: Evaluate, outputs: Path) -> tuple[DataModu
     return data, f"{config.name}, {settings.split} split"
 
 
-def _seen_in_training(network: Trained, other: Trained, settings: Evaluate) -> Iterable[str]:
-    """Samples that one of the two has been trained on are an advantage that the other has not."""
-    if settings.split == "test" or settings.data is not None:
-        return
-    if network.digest != other.digest or network.folder is None or other.folder is None:
-        yield f"not known whether {other.name} was trained on samples of this split"
-        return
-    with suppress(OSError, ValueError, KeyError):
-        mine = np.load(network.folder / "splits.npz", allow_pickle=False)[settings.split]
-        theirs = np.load(other.folder / "splits.npz", allow_pickle=False)["train"]
-        seen = len(np.intersect1d(mine, theirs))
-        expected = len(mine) if settings.split == "train" else 0
-        if seen != expected:
-            yield f"{other.name} was trained on {seen:,} of these {len(mine):,} samples, {network.name} on {expected:,}"
+def trained_on(network: Trained, data: DataModule, split: str, outputs: Path, uri: str | None) -> int | None:
+    """How many samples of a split a network was trained on; None where that is not known.
+
+    Samples of the data that it was trained on, by their digest, are compared by index, as `splits.npz` of its run has
+    them; those of other data by their pixels, where both fit in memory.
+
+    Args:
+        network: its folder is looked for in `outputs` and its run in MLflow at `uri`.
+        data: the splits.
+        split: the name of one.
+        outputs: folder of runs, sweeps and cached data.
+        uri: of the tracking store; None without one.
+    """
+    part = data.splits[split]
+    if part.source.digest() == network.digest:
+        trained = _train_indices(network, outputs, uri)
+        return None if trained is None else int(np.isin(part.indices.numpy(), trained).sum())
+    if data.splits["train"].source.digest() == network.digest:
+        return 0  # the official test part has files of its own
+    trained, config = _train_indices(network, outputs, uri), network.config.data
+    try:
+        launch.check_root(config)
+        allowed = list(network.config.allowed_targets)
+        if (
+            isinstance(config, TorchvisionData)
+            and config._target_.startswith("torchvision.")
+            and not files_of(config._target_, Path(config.root).expanduser(), allowed)
+        ):
+            return None  # they would be downloaded
+        own = read_sources(config, allowed, outputs / "cache").train
+    except UserError:
+        return None
+    if trained is None or own.digest() != network.digest:
+        return None
+    if not isinstance(own, Resident) or not isinstance(part.source, Resident):
+        return None
+    known = set(_pixel_hashes(own, torch.from_numpy(trained)))
+    return sum(pixels in known for pixels in _pixel_hashes(part.source, part.indices))
+
+
+def _seen_notes(network: Trained, seen: int | None, total: int) -> list[str]:
+    if seen is None:
+        needed = "its splits.npz and its data must be here, and fit in memory"
+        return [f"not known whether {network.name} was trained on samples of this split: {needed}"]
+    return [f"{network.name} was trained on {seen:,} of these {total:,} samples"] if seen else []
+
+
+def _train_indices(network: Trained, outputs: Path, uri: str | None) -> np.ndarray | None:
+    """Indices of the train split that its run recorded, here or in MLflow."""
+    with suppress(Exception), tempfile.TemporaryDirectory(prefix="gaplab-") as target:  # anything, of a damaged file
+        folder = network.folder or find_run(outputs, network.run_id or "", "run")
+        if folder is None and uri is not None and network.run_id is not None:
+            from gaplab.tracking.store import download
+
+            folder = Path(target)
+            download(uri, network.run_id, ["splits.npz"], folder)
+        if folder is not None:
+            return np.asarray(np.load(folder / "splits.npz", allow_pickle=False)["train"], np.int64)
+    return None
+
+
+def _pixel_hashes(source: Resident, indices: Tensor) -> Iterator[bytes]:
+    for images in source.images(indices.split(4096)):
+        for pixels in images.flatten(1).numpy():
+            yield blake2b(pixels.data, digest_size=16).digest()
 
 
 def _folder(network: Trained, settings: Evaluate, outputs: Path, what: str) -> Path:
@@ -267,7 +326,7 @@ def _write_back(
     settings: Evaluate,
     result: Evaluation,
     paired: Paired | None,
-    what: str,
+    seen: int | None,
     paths: Sequence[Path],
     uri: str | None,
 ) -> None:
@@ -276,6 +335,8 @@ def _write_back(
         return
     prefix = f"eval/{settings.split}" if settings.data is None else f"eval/{settings.data.name}_{settings.split}"
     metrics = {f"{prefix}/{name}": getattr(result, name) for name in ("acc", "acc_low", "acc_high", "loss", "ece")}
+    if seen:
+        metrics[f"{prefix}/trained_on"] = seen
     if paired is not None:
         metrics |= {f"{prefix}/difference": paired.difference, f"{prefix}/mcnemar_p": paired.p}
     step, place = int((network.result.get("best") or {}).get("epoch", 0)), f"evaluations/{paths[0].parent.name}"

@@ -14,7 +14,7 @@ from gaplab import config as configs
 from gaplab import launch
 from gaplab.config import Config, Gate, MLflow, Promote
 from gaplab.errors import UserError
-from gaplab.files import plain
+from gaplab.files import locked, plain
 from gaplab.machine import command
 from gaplab.metrics import Gap, gap_change
 from gaplab.tracking.registry import Registry, Version
@@ -107,18 +107,35 @@ def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    if settings.rollback:
-        was, now = models.roll_back()
-        models.describe(was, {"gate.rolled_back": "true"})
-        console.print(f"{models.name}: version {now.number} is champion again, version {was.number} no longer")
-        return
-    if settings.run is not None:
-        version = register(models, settings, typed)
-    elif settings.version is not None:
-        version = models.version(settings.version)
-    else:
+    if settings.run is None and settings.version is None and not settings.rollback:
         _list(console, models, typed)
         return
+    outputs = configs.folder("paths.outputs", settings.paths.outputs)
+    with locked(outputs / ".promote.lock"):  # two at once would both be judged beside the same champion
+        if settings.rollback:
+            _roll_back(console, models)
+        else:
+            _promote(console, models, settings, typed)
+
+
+def _roll_back(console: Console, models: Registry) -> None:
+    _, missing = models.last_champion()
+    before, now, problems = models.roll_back()
+    for line in [missing] * bool(missing) + problems:
+        console.print(line, markup=False, soft_wrap=True)
+    no_longer = ""
+    if before is not None:
+        models.describe(before, {"gate.rolled_back": "true"})
+        no_longer = f", version {before.number} no longer"
+    console.print(f"{models.name}: version {now.number} is champion again{no_longer}")
+
+
+def _promote(console: Console, models: Registry, settings: Promote, typed: Sequence[str]) -> None:
+    if settings.run is not None:
+        version = register(models, settings, typed)
+    else:
+        assert settings.version is not None
+        version = models.version(settings.version)
     champion = models.champion()
     if champion is not None and champion.number == version.number:
         console.print(f"{models.name}: version {version.number} is champion already")
@@ -126,7 +143,7 @@ def promote(settings: Promote, typed: Sequence[str] = ()) -> None:
     if settings.force:
         decision = Decision(True, ["made champion by hand"], by_hand=True)
     else:
-        decision = _judge(models, champion, version, settings, typed)
+        decision = _judge(models, version, settings, typed)
     if decision.passed:
         latest = models.champion()
         if (latest and latest.number) != (champion and champion.number):
@@ -200,44 +217,63 @@ def _description(config: Config, name: str) -> str:
     )
 
 
-def _judge(
-    models: Registry, champion: Version | None, version: Version, settings: Promote, typed: Sequence[str]
-) -> Decision:
+def _judge(models: Registry, version: Version, settings: Promote, typed: Sequence[str]) -> Decision:
+    champion, missing = models.last_champion(version)
     if champion is None:
+        if missing:
+            none_left = "no former champion is left to compare with; force=true makes this version champion"
+            return Decision(False, [f"{missing}; {none_left}"])
         return Decision(True, ["the first champion: there was none to compare with"])
-    from gaplab.data.datamodule import build_datamodule
-    from gaplab.evaluation import compare
     from gaplab.trained import load_model
 
-    one, other = (
-        load_model(f"models:/{models.name}/{which.number}", models.uri, typed) for which in (champion, version)
-    )
     against = champion.number
+    other = load_model(f"models:/{models.name}/{version.number}", models.uri, typed)
+    try:
+        one = load_model(f"models:/{models.name}/{against}", models.uri, typed)
+    except UserError as error:
+        by_hand, back = _command(typed, f"version={version.number}", "force=true"), _command(typed, "rollback=true")
+        choice = f"{by_hand} makes this version champion, {back} an earlier one"
+        raise UserError(f"the champion cannot be read: {error}; {choice}") from error
+    decision = _compare(one, other, version, against, settings, models.uri)
+    if missing:
+        decision.reasons.insert(0, f"{missing}: compared with version {against}, the newest former champion")
+    return decision
+
+
+def _compare(one: "Trained", other: "Trained", version: Version, against: int, settings: Promote, uri: str) -> Decision:
+    """The decision on `other`, of `version`, beside `one`, the champion."""
+    from gaplab.data.datamodule import build_datamodule
+    from gaplab.evaluation import compare, trained_on
+
     if one.in_shape != other.in_shape or one.classes != other.classes:
         return Decision(False, ["takes other pictures, or knows other classes, than the champion"], against=against)
     split, config = settings.gate.split, other.config.data
+    outputs = configs.folder("paths.outputs", settings.paths.outputs)
     launch.check_root(config)
     data = build_datamodule(
         config,
         other.config.seed,
         allowed_targets=settings.allowed_targets,
-        cache=configs.folder("paths.outputs", settings.paths.outputs) / "cache",
+        cache=outputs / "cache",
     )
     if data.splits["train"].source.digest() != other.digest:
         raise UserError(f"data.root={config.root}: not the data that version {version.number} was trained on")
     if split not in data.splits:
         raise UserError(f"gate.split={split}: {config.name} has no test part; gate.split=valid")
-    if split == "valid" and (one.digest != other.digest or not _same_splits(one, other)):
-        reason = "the champion was trained on samples of this valid split; gate.split=test, or both with the same seed"
-        return Decision(False, [reason], against=against)
-    return decide(compare(one, other, data.batches(split)), _gap(one), _gap(other), settings.gate, against)
-
-
-def _same_splits(one: "Trained", other: "Trained") -> bool:
-    """Whether both held out the same samples."""
-    keys = ("valid_size", "train_size")
-    same = all(getattr(one.config.data, name) == getattr(other.config.data, name) for name in keys)
-    return same and one.config.seed == other.config.seed
+    total, unknown = len(data.splits[split].indices), []
+    for who, network in ("champion", one), ("candidate", other):
+        count = trained_on(network, data, split, outputs, uri)
+        advice = "; gate.split=test, or both with the same seed" if split == "valid" else ""
+        if count:
+            reason = f"the {who} was trained on {count:,} of the {total:,} samples of this {split} split{advice}"
+            return Decision(False, [reason], against=against)
+        if count is None:
+            unknown.append(f"not known whether the {who} was trained on samples of this {split} split{advice}")
+    if unknown and split == "valid":
+        return Decision(False, unknown, against=against)
+    decision = decide(compare(one, other, data.batches(split)), _gap(one), _gap(other), settings.gate, against)
+    decision.reasons += unknown
+    return decision
 
 
 def _gap(model: "Trained") -> Gap | None:
@@ -269,6 +305,10 @@ def _list(console: Console, models: Registry, typed: Sequence[str]) -> None:
         )
         table.add_row(*(escape(plain(cell)) for cell in cells))
     console.print(table)
+    last, missing = models.last_champion()
+    if missing:
+        again = f"; {_command(typed, 'rollback=true')} makes version {last.number} champion" if last else ""
+        console.print(f"no champion: {missing}{again}", markup=False, soft_wrap=True)
 
 
 def _number(text: str | None) -> float | None:

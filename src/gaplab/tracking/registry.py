@@ -31,6 +31,7 @@ NAME = "model"
 WEIGHTS = "gaplab.weights"  # tag of a logged model: SHA-256 of the checkpoint that it was made of
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS = "gaplab.champions"  # tag of the registered model: the versions that were champion, the newest last
+OWN_NAME = "gaplab.name"  # tag of the registered model: the name that it was made with
 SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "valid/loss", "test/acc")
 
 
@@ -205,6 +206,24 @@ class Registry:
     def champion(self) -> Version | None:
         return next((one for one in self.versions() if CHAMPION in one.aliases), None)
 
+    def last_champion(self, candidate: Version | None = None) -> tuple[Version | None, str]:
+        """The champion, or else the newest former one that still exists and is not `candidate`; None without any.
+
+        And a sentence on what became of the champion: empty while there is one, and when there never was.
+        """
+        versions = {version.number: version for version in self.versions()}
+        champion = next((version for version in versions.values() if CHAMPION in version.aliases), None)
+        with _told(self.uri):
+            past = [] if champion else self._champions()
+        if not past:
+            return champion, ""
+        missing = f"version {past[-1]} was champion, and " + (
+            "its alias was removed in MLflow" if past[-1] in versions else "was deleted in MLflow"
+        )
+        if candidate is not None:
+            versions.pop(candidate.number, None)
+        return next((versions[number] for number in reversed(past) if number in versions), None), missing
+
     def logged(self, run_id: str, weights: str | None = None) -> str | None:
         """The id of the model that a run has logged, or None; with `weights`, only one of that checkpoint."""
         with _told(self.uri):
@@ -218,7 +237,7 @@ class Registry:
         with _told(self.uri):
             if self._model() is None:
                 self._client.create_registered_model(
-                    self.name, description="Image classifiers whose overfitting gap gaplab has measured."
+                    self.name, {OWN_NAME: self.name}, "Image classifiers whose overfitting gap gaplab has measured."
                 )
             made = self._client.create_model_version(
                 self.name, source, run_id, description=description[:4900], model_id=model_id
@@ -235,29 +254,46 @@ class Registry:
         """Make it champion; it is no challenger any more."""
         now = self.champion()
         with _told(self.uri):
-            past = [one for one in self._champions() if one != version.number]
-            if now is not None and now.number not in past and now.number != version.number:
-                past.append(now.number)  # made champion by other means
-            self._remember([*past, version.number])
+            newest = [now.number] if now and now.number != version.number else []  # it may have been chosen by hand
+            newest.append(version.number)
+            self._remember([number for number in self._champions() if number not in newest] + newest)
             self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
             if CHALLENGER in version.aliases:
                 self._client.delete_registered_model_alias(self.name, CHALLENGER)
 
-    def roll_back(self) -> tuple[Version, Version]:
-        """The champion that was, and the one before it, which is champion again."""
+    def roll_back(self) -> tuple[Version | None, Version, list[str]]:
+        """Make the newest former champion champion again whose model can still be read.
+
+        The champion that was, None if it is gone; the new one; and why newer ones were passed over.
+        """
         now = self.champion()
-        if now is None:
-            raise UserError(f"rollback: {self.name} has no champion")
         with _told(self.uri):
             past = self._champions()
-        known = {one.number: one for one in self.versions()}
-        earlier = [one for one in past[: past.index(now.number)] if one in known] if now.number in past else []
-        if not earlier:
-            raise UserError(f"rollback: there was no champion before version {now.number} of {self.name}")
-        with _told(self.uri):
-            self._remember(earlier)
-            self._client.set_registered_model_alias(self.name, CHAMPION, str(earlier[-1]))
-        return now, known[earlier[-1]]
+        if now is None and not past:
+            raise UserError(f"rollback: {self.name} has no champion")
+        if now is not None and now.number in past:
+            past = past[: past.index(now.number)]
+        versions = {version.number: version for version in self.versions()}
+        problems = []
+        for index, number in reversed(list(enumerate(past))):
+            if number not in versions:
+                continue
+            try:
+                with tempfile.TemporaryDirectory(prefix="gaplab-") as target:
+                    download(f"models:/{self.name}/{number}", self.uri, Path(target))
+            except UserError as error:
+                problems.append(f"passed over version {number}: {error}")
+                continue
+            with _told(self.uri):
+                self._remember(past[: index + 1])
+                self._client.set_registered_model_alias(self.name, CHAMPION, str(number))
+            return now, versions[number], problems
+        before = (
+            f"there was no champion before version {now.number} of {self.name}"
+            if now
+            else f"no former champion of {self.name} is left in MLflow"
+        )
+        raise UserError(f"rollback: {'; '.join([before, *problems])}")
 
     def _champions(self) -> list[int]:
         model = self._model()
@@ -265,7 +301,8 @@ class Registry:
         return [int(one) for one in text.split(",") if one.isdecimal()]
 
     def _remember(self, champions: list[int]) -> None:
-        self._client.set_registered_model_tag(self.name, CHAMPIONS, ",".join(map(str, champions[-1000:])))
+        for name, value in (OWN_NAME, self.name), (CHAMPIONS, ",".join(map(str, champions[-1000:]))):
+            self._client.set_registered_model_tag(self.name, name, value)
 
     def _model(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -273,9 +310,15 @@ class Registry:
         try:
             return self._client.get_registered_model(self.name)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        for renamed in self._client.search_registered_models(f"tags.`{OWN_NAME}` = '{self.name}'"):
+            new_name = plain(renamed.name)
+            raise UserError(
+                f"{self.name} was renamed {new_name} in MLflow; use tracking.registered_model={new_name}, or, to begin "
+                f"another {self.name}, delete the tag {OWN_NAME} of {new_name}"
+            )
+        return None
 
 
 def _connect(uri: str) -> Any:
