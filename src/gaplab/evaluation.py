@@ -17,7 +17,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
@@ -32,6 +31,7 @@ from gaplab.files import held, plain, write_whole
 from gaplab.finder import find_run
 from gaplab.metrics import Score, paired_difference, wilson
 from gaplab.stats import mcnemar
+from gaplab.terminal import Table
 from gaplab.trained import Trained, check_same_kind, load, load_either
 
 BINS = 15  # of the calibration error
@@ -182,7 +182,6 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
     result = evaluation(found, network.classes)
     others = None if other is None else answer(other, data.batches(settings.split))
     paired = None if others is None else pair(others, found)
-    _print(console, network, other, result, paired, what, notes)
     folder = _folder(network, settings, outputs, what)
     content: dict[str, Any] = {"name": network.name, "run_id": network.run_id, "samples": what, "split": settings.split}
     content |= {"digest": data.splits["train"].source.digest(), **asdict(result), "trained_on": seen}
@@ -190,6 +189,7 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
         content["against"] = {"name": other.name, "run_id": other.run_id, **asdict(paired), "trained_on": seen_by_other}
     content["notes"] = notes
     paths = _write(folder, content, network, found, result, what)
+    _print(console, network, other, result, paired, what, notes)
     console.print(f"files     {folder}", markup=False, soft_wrap=True)
     _write_back(console, network, settings, result, paired, seen, paths, uri)
     return folder

@@ -12,10 +12,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from gaplab.files import plain, read_json
+from gaplab.terminal import Table
 from gaplab.tracking.journal import read_journal
 
 POLL_S = 0.5
@@ -95,7 +95,7 @@ class LiveView:
         if covered:
             left = (time.monotonic() - self._start) / covered * (total - covered)
             counts.append(f", about {_clock(left)} left")
-        lines: list[Any] = [counts, ProgressBar(total=total, completed=covered, width=60)]
+        lines: list[Any] = [counts, ProgressBar(total=total, completed=covered, width=min(60, self._console.width))]
         lines += [
             Text(f"  {folder.name}  epoch {number}/{self._epochs[folder]}", style="dim")
             for folder, number in running.items()

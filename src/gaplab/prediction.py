@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from gaplab import config as configs
 from gaplab.config import MLflow, Predict
 from gaplab.data.pictures import SUFFIXES, decode, few_levels, is_picture, is_system, kind_of, list_kinds
 from gaplab.errors import UserError
 from gaplab.files import plain, write_whole
+from gaplab.terminal import Table
 from gaplab.trained import Trained, load
 
 Answer = tuple[str, list[tuple[str, float]]]  # a file, its most probable classes with their probabilities

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from gaplab import config as configs
 from gaplab import launch
@@ -17,6 +16,7 @@ from gaplab.errors import UserError
 from gaplab.files import locked, plain
 from gaplab.machine import command
 from gaplab.metrics import Gap, gap_change
+from gaplab.terminal import Table
 from gaplab.tracking.registry import Registry, Version
 
 if TYPE_CHECKING:

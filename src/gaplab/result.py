@@ -103,7 +103,8 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
     """The table at the end of a run, and what to type next."""
     from rich import box
     from rich.markup import escape
-    from rich.table import Table
+
+    from gaplab.terminal import Table
 
     last = asdict(result)
     best = last["best"]
@@ -136,7 +137,8 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
 def print_times(console: Console, result: RunResult) -> None:
     """Where the time went: `trainer.profile`."""
     from rich import box
-    from rich.table import Table
+
+    from gaplab.terminal import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("where the time went")

@@ -12,9 +12,9 @@ from gaplab.training.progress import ProgressBar
 EPOCH = Epoch(1, Score(990, 1000, 0.05), Score(95, 100, 0.2), 0.97, 0.001, 1.5, 0.2, 400.0)
 
 
-def shown(terminal: bool, epoch: Epoch = EPOCH) -> str:
+def shown(terminal: bool, epoch: Epoch = EPOCH, width: int = 120) -> str:
     file = io.StringIO()
-    bar = ProgressBar(Console(file=file, force_terminal=terminal, width=120))
+    bar = ProgressBar(Console(file=file, force_terminal=terminal, width=width))
     trainer = SimpleNamespace(num_training_batches=3, max_epochs=2, current_epoch=0)
     bar.on_train_start(trainer, None)
     bar.show(epoch, 2)
@@ -40,3 +40,9 @@ def test_an_epoch_without_the_train_split_shows_the_rest():
     epoch = replace(EPOCH, train=None)
     assert shown(terminal=False, epoch=epoch) == "epoch 1/2  valid 0.9500  1.5 s\n"
     assert "loss 0.1250  valid 0.9500 " in shown(terminal=True, epoch=epoch)
+
+
+def test_a_narrow_terminal_sees_whole_numbers():
+    text = shown(terminal=True, width=40)
+    assert "epoch 2/2 valid 0.9500  gap +4.00 pp" in text
+    assert "…" not in text

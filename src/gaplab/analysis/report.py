@@ -13,7 +13,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from gaplab import config as configs
 from gaplab import notes, provenance, stats
@@ -22,6 +21,7 @@ from gaplab.analysis.compare import CURVES, METRICS, Outcome, Section, sections
 from gaplab.analysis.runs import Collection, Run, collect, tidy
 from gaplab.errors import UserError
 from gaplab.files import held, plain, write_whole
+from gaplab.terminal import Table
 from gaplab.tracking.journal import Tracker, read_journal
 
 SHOWN_CONTRASTS = 16
@@ -59,13 +59,13 @@ def report(settings: configs.Report) -> Path:
     verdicts = _verdicts(found.runs, parts, settings)
     folder = _folder(found, settings, outputs)
     with _parent(found, uri) as tracker:  # its process imports MLflow while the figures are drawn
-        _print(console, found, parts, verdicts, settings.margin)
         content = _content(found, parts, verdicts, metrics, settings)
         for path in _write(folder, content, found.runs, parts):
             if tracker is not None:
                 tracker.artifact(path, "report")
         if tracker is not None and found.folder is not None:
             tracker.tags({notes.NOTE: notes.joined(notes.found(content), _asked(found.folder))})
+    _print(console, found, parts, verdicts, settings.margin)
     console.print(f"page      {folder / 'report.html'}", markup=False, soft_wrap=True)
     return folder
 

@@ -11,6 +11,7 @@ from gaplab.metrics import gap
 from gaplab.training.gap import Epoch
 
 REFRESH_S = 0.5
+WIDE = 110  # characters that the whole bar takes
 
 
 class ProgressBar(Callback):
@@ -20,13 +21,12 @@ class ProgressBar(Callback):
         self._console = console
         self._last = 0.0
         self._epoch_line = ""
+        self._narrow = console.width < WIDE
+        epoch, numbers = TextColumn("epoch {task.fields[epoch]}"), TextColumn("{task.fields[numbers]}")
+        bar = (SpinnerColumn("line"), epoch, BarColumn(bar_width=20), MofNCompleteColumn(), numbers)  # in ASCII
+        columns = (epoch, numbers) if self._narrow else (*bar, TimeRemainingColumn(elapsed_when_finished=True))
         self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            *columns,
             console=console,
             auto_refresh=False,
             transient=True,
@@ -45,6 +45,8 @@ class ProgressBar(Callback):
             self._last = time.monotonic()
             epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
             numbers = f"loss {float(outputs['loss']):.4f}  {self._epoch_line}"
+            if self._narrow and self._epoch_line:
+                numbers = self._epoch_line[self._epoch_line.index("valid") :]
             self._bar.update(self._task, epoch=epoch, numbers=numbers)
             self._bar.refresh()
 
