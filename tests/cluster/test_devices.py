@@ -139,7 +139,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path):
     print(f"\nSIGTERM: ended after {seconds:.1f} s")
     assert (process.returncode, error.count("\n")) == (143, 2), error
     assert seconds < 5
-    assert "go on     python src/train.py resume=" in output
+    assert "src/train.py resume=" in output
     assert json.loads((folder / "result.json").read_text())["status"] == "KILLED"
     assert of_gaplab(tmp_path) == []
     again = train_py(f"resume={folder}", f"paths.outputs={tmp_path}")
