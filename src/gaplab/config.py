@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import json
 import math
+import posixpath
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -70,6 +71,11 @@ QUESTIONS = {
 }
 CLAIMS = tuple(QUESTIONS)
 USUAL_TARGETS = ("gaplab", "torch", "torchvision", "lightning")  # packages that a config may name without more
+OWN_TAGS = (
+    "arm", "attempt", "batchnorm", "claim", "condition", "config_hash", "data", "diverged", "error", "job", "overrides",
+    "params", "resumed_from", "sweep", "trained_together",
+)  # fmt: skip
+OWN_TAG_PREFIXES = ("compute/", "cpu/", "gaplab.", "git/", "mlflow.", "model/", "nonfinite/", "version/")
 PROCESSES_PER_CORE = 4  # more only wait for each other
 POSITIVE = Range(1, 10**9)  # more is a slip of the finger, and overflows somewhere
 SCALE = Range(0, 1e38, "(]")  # what float32 can hold
@@ -476,6 +482,7 @@ class Sync:
     """What `src/sync.py` sends to MLflow."""
 
     paths: Paths = field(default_factory=Paths)
+    allowed_targets: list[str] = key(list(USUAL_TARGETS), "Packages that the config of a model may name as _target_.")
 
 
 @dataclass
@@ -572,9 +579,10 @@ def report_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Report:
 
 
 def sync_from_hydra(cfg: Any, typed: Iterable[str] = ()) -> Sync:
-    """The typed config of a sync. Raises UserError."""
+    """The typed, checked config of a sync; `typed` as in `from_hydra`. Raises UserError."""
     config = _to_object(cfg)
     assert isinstance(config, Sync)
+    check_trust(config, typed)
     return config
 
 
@@ -637,7 +645,7 @@ def _check_command(config: Any, typed: Iterable[str]) -> None:
     _check_ranges(config)
     _check_texts(config)
     folder("paths.outputs", config.paths.outputs)
-    _check_uri(config.tracking)
+    _check_tracking(config.tracking)
     if getattr(config, "run", None) is not None and getattr(config, "model_uri", None) is not None:
         raise UserError("run and model: one of them")
 
@@ -668,7 +676,7 @@ def _to_object(cfg: Any) -> Any:
     return config
 
 
-def check_trust(config: Config | Evaluate | Predict | Promote, typed: Iterable[str]) -> None:
+def check_trust(config: Config | Evaluate | Predict | Promote | Sync, typed: Iterable[str]) -> None:
     """Raises UserError unless a person typed the packages that `config` allows beyond the usual ones."""
     if config.allowed_targets != list(USUAL_TARGETS) and not any(one.startswith("allowed_targets=") for one in typed):
         names = ",".join(config.allowed_targets)
@@ -930,12 +938,12 @@ def check(config: Config) -> None:
     _check_devices(trainer, data, model.bn)
     if trainer.compile:
         _check_compile(trainer)
-    _check_uri(config.tracking)
+    _check_tracking(config.tracking)
     if not config.allowed_targets:
         raise UserError("allowed_targets=[]: nothing could be built")
 
 
-def _check_uri(tracking: Tracking) -> None:
+def _check_tracking(tracking: Tracking) -> None:
     if not isinstance(tracking, MLflow):
         return
     scheme = tracking.uri.partition("://")[0].partition("+")[0]
@@ -945,6 +953,18 @@ def _check_uri(tracking: Tracking) -> None:
         raise UserError(f"tracking.uri={masked(tracking.uri)}: must begin with one of {begins}")
     if not re.fullmatch(r"[^/:@\s][^/:@\n]*", tracking.registered_model):
         raise UserError(f"tracking.registered_model={tracking.registered_model}: a name without / : and @")
+    if not 1 <= len(tracking.experiment.strip()) <= 500:
+        raise UserError(f"tracking.experiment={tracking.experiment[:50]}: a name of 1 to 500 characters")
+    for name, value in tracking.tags.items():
+        if name in OWN_TAGS or name.startswith(OWN_TAG_PREFIXES):
+            raise UserError(f"tracking.tags.{name}: gaplab sets this tag itself; choose another name")
+        is_path = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+        if not re.fullmatch(r"[\w.\-: /]{1,250}", name) or not is_path:
+            raise UserError(
+                f"tracking.tags.{name}: MLflow takes no such name; use at most 250 letters, digits, spaces and _-.:/"
+            )
+        if len(value) > 8000:
+            raise UserError(f"tracking.tags.{name}: {len(value)} characters; MLflow takes at most 8000")
 
 
 def _check_compile(trainer: Trainer) -> None:

@@ -1,8 +1,9 @@
 """The network of a run's best epoch as a model of its own: raw pixels in, probabilities out, nothing of gaplab needed.
 
 Run as `python -m gaplab.export <run folder> <MLflow run id> <allowed package,…>`, with `MLFLOW_TRACKING_URI` in the
-environment, it logs the model and prints its id. It ends with status 2 and one line when that can never be, and with 1
-when it may be later. A process of its own, as MLflow and torch.export take seconds and a hundred MB.
+environment, it logs the model and prints its id. It ends with one line and status 2 when that can never be, with 3 when
+a package of its config is not allowed, and with 1 when it may be later. A process of its own, as MLflow and
+torch.export take seconds and a hundred MB.
 """
 
 import json
@@ -91,8 +92,7 @@ def log(folder: Path, run_id: str, allowed_targets: list[str], uri: str) -> str:
 
     Raises UserError, and whatever MLflow or the network come up with.
     """
-    config = replace(configs.load(folder / "config.yaml"), allowed_targets=allowed_targets)
-    configs.check(config)
+    config = _load_config(folder, allowed_targets)
     network, facts = best_network(folder, config)
     from gaplab.tracking import registry
 
@@ -102,6 +102,12 @@ def log(folder: Path, run_id: str, allowed_targets: list[str], uri: str) -> str:
         return registry.log_model(
             uri, model, _example(folder, facts), run_id, facts.epoch, weights_of(folder), files, _verify
         )
+
+
+def _load_config(folder: Path, allowed_targets: list[str]) -> Config:
+    config = replace(configs.load(folder / "config.yaml"), allowed_targets=allowed_targets)
+    configs.check(config)
+    return config
 
 
 def weights_of(folder: Path) -> str:
@@ -178,6 +184,11 @@ def main(folder: Path, run_id: str, allowed_targets: list[str]) -> int:
 
     torch.set_num_threads(1)  # it runs beside other work
     uri = os.environ["MLFLOW_TRACKING_URI"]  # not an argument: it may hold a password
+    try:
+        _load_config(folder, allowed_targets)
+    except UserError as error:
+        print(plain(error), file=sys.stderr)
+        return 3
     try:
         print(log(folder, run_id, allowed_targets, uri))
     except UserError as error:

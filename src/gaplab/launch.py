@@ -93,6 +93,8 @@ def opened(config: Config, folder: Path | None = None, in_sweep: bool = False, c
         if not (folder / "config.yaml").is_file():
             write_whole(folder / "config.yaml", configs.to_yaml(config))
         name, tags = configs.run_name(config), _tags(config) | ({"sweep": folder.parent.name} if in_sweep else {})
+        if in_sweep and isinstance(config.tracking, MLflow):
+            tags = config.tracking.tags | tags
         if not in_sweep:
             print(f"{name}  in {folder}", flush=True)
         tags["arm"] = condition or name.removesuffix(f" s{config.seed}")

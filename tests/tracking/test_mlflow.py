@@ -1,11 +1,16 @@
 """A run in MLflow: what was put into the journal is what MLflow tells."""
 
+import contextlib
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,12 +18,13 @@ import pytest
 from conftest import composed
 
 from gaplab import config as configs
+from gaplab import launch
 from gaplab.config import Tracking
-from gaplab.errors import TrainingError
+from gaplab.errors import TrainingError, UserError
 from gaplab.notes import NOTE
 from gaplab.tracking import dashboard
 from gaplab.tracking.journal import Tracker, journal_of, read_journal, read_receipt
-from gaplab.tracking.mlflow import RefusedError, follow, is_permanent, main
+from gaplab.tracking.mlflow import Delivery, RefusedError, follow, is_permanent, main
 from gaplab.tracking.outbox import Journal
 from gaplab.tracking.sync import sync
 
@@ -94,6 +100,11 @@ def test_mlflow_has_the_runs_parameters_tags_and_status(run_in_mlflow):
     assert (run.data.params["model.bn"], run.data.params["optimizer.lr"]) == ("True", "0.001")
     assert run.data.tags["condition"] == result["condition"]
     assert run.data.tags["who"] == "test"
+    assert run.data.tags["data"] == "mnist: 2000 train, 5000 valid, 10000 test"
+    free = [
+        name for name in run.data.tags if not name.startswith(configs.OWN_TAG_PREFIXES) and name not in configs.OWN_TAGS
+    ]
+    assert free == ["who"]  # a user's tag cannot take the place of another
     assert "model.bn=true" in run.data.tags["overrides"]
     assert run.data.tags["version/torch"]
     assert run.data.tags["mlflow.source.name"] == "src/train.py"
@@ -116,6 +127,7 @@ def test_mlflow_has_every_metric_of_every_epoch(run_in_mlflow):
         if name.replace("/", "_") in result:
             assert history[-1].value == result[name.replace("/", "_")]
     assert run.data.metrics["best/valid/acc"] == result["best"]["valid_acc"]
+    assert run.data.metrics["best/gap/acc_pp"] == pytest.approx(100 * result["best"]["gap_acc"], abs=1e-6)
     assert run.data.metrics["test/acc"] == result["test_acc"]
 
 
@@ -277,7 +289,7 @@ def test_a_journal_is_read_line_by_whole_line_and_gone_on_with_where_it_was_sent
     journal = Journal(tmp_path)
     journal.run_id = "r"
     assert [(event["event"], new) for event, new in journal.read()] == [("tags", True)]
-    journal.sent()
+    journal.sent({})
     journal.save()
     assert journal.read() == []
     with path.open("a") as file:
@@ -341,13 +353,20 @@ class Recorder:
         if error := self.trouble("", "connect"):
             raise error
 
-    def send(self, journal: Journal, entry, parent) -> None:
+    def check(self, journal: Journal, parent) -> None:
+        pass
+
+    def look_up(self, journal: Journal) -> str:
+        return "there"
+
+    def send(self, journal: Journal, entry, parent) -> dict[str, str]:
         name, word = journal.folder.name, entry.event.get("status") or entry.event["event"]
         if error := self.trouble(name, word):
             raise error
         assert (parent is not None) == (name == "job")
         journal.run_id = journal.run_id or name
         self.calls.append((name, word))
+        return {}
 
 
 def write(folder: Path, *events: str) -> None:
@@ -563,8 +582,8 @@ def test_a_journal_of_somebody_else_sends_no_other_files(tmp_path: Path, sender_
     tracker.child(folder / "deep" / "other")
     run_id = tracker.finish("FINISHED")
     error = capfd.readouterr().err
-    assert error.count("for it lies outside of") == 3
-    assert error.count("for it does not lie in") == 3  # once more in the last word
+    assert error.count("for it lies outside of") == 4  # once more in the last word
+    assert error.count("for it does not lie in") == 2
     assert [file.path for file in MlflowClient(tracking.uri).list_artifacts(run_id)] == ["mine.txt"]
     assert len(runs_of(tracking)) == 1
 
@@ -611,6 +630,301 @@ def test_sync_ends_the_killed_and_leaves_alone_who_still_runs_or_is_not_tracked(
     assert recorder.calls == [("killed", "run"), ("killed", "metrics"), ("killed", "KILLED")]
     assert capfd.readouterr().out == "sent  runs/killed\n1 run sent, 1 still going\n"
     assert [event["event"] for event in read_journal(runs / "going")] == ["run", "metrics"]
+
+
+@pytest.fixture
+def mlflow_run(tmp_path: Path, store, monkeypatch, sender_in_this_process, request):
+    """A folder in `tmp_path`/runs, its tracker, a client and a way to send what is written so far."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr("gaplab.tracking.mlflow.GIVE_UP_S", 0.0)
+    tracking = store(request.function.__name__)
+
+    def begin(folder: Path = tmp_path / "runs" / "one") -> tuple[Path, Tracker, MlflowClient, Callable[[], Delivery]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker, delivery = Tracker(folder, tracking, "one", {}), Delivery(folder)
+
+        def send() -> Delivery:
+            delivery.read()
+            delivery.send()
+            return delivery
+
+        return folder, tracker, MlflowClient(tracking.uri), send
+
+    return begin
+
+
+def epochs(client, run_id: str) -> list[int]:
+    return [point.step for point in client.get_metric_history(run_id, "gap/acc")]
+
+
+def write_epochs(tracker: Tracker, *numbers: int) -> None:
+    for number in numbers:
+        tracker.metrics({"gap/acc": 0.0573}, number)
+
+
+def hard_delete(client, run_id: str) -> None:
+    """What `mlflow gc` does."""
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    client.delete_run(run_id)
+    _get_store(client.tracking_uri)._hard_delete_run(run_id)
+
+
+def test_a_run_that_is_deleted_while_it_trains_gets_the_rest_when_it_is_restored(tmp_path, mlflow_run, capfd):
+    folder, tracker, client, send = mlflow_run()
+    write_epochs(tracker, 1)
+    run_id = send().root.run_id
+    client.delete_run(run_id)
+    write_epochs(tracker, 2)
+    assert send().problem == f"{folder}: its run is deleted in MLflow; restored there, it gets the rest"
+    write_epochs(tracker, 3)
+    tracker.finish("FINISHED")
+    assert "its run is deleted in MLflow" in capfd.readouterr().err
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out.splitlines() == [
+        f"left  {folder}: its run is deleted in MLflow; restored there, it gets the rest",
+        "0 runs sent, 1 deleted in MLflow",
+    ]
+    client.restore_run(run_id)
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "sent  runs/one\n1 run sent\n"
+    assert (epochs(client, run_id), client.get_run(run_id).info.status) == ([1, 2, 3], "FINISHED")
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "nothing to send: MLflow has all of it\n"
+
+
+def drop_epochs(folder: Path, client) -> None:
+    """What an earlier gaplab did beside a run that was deleted and restored."""
+    run_id = read_receipt(folder)["run_id"]
+    hard_delete(client, run_id)
+    (folder / "mlflow.json").unlink()
+    tracking_id = next(read_journal(folder))["id"]
+    experiment = client.search_experiments()[0].experiment_id
+    made = client.create_run(experiment, tags={"gaplab.id": tracking_id})
+    when = next(event["time"] for event in read_journal(folder) if event["event"] == "metrics")
+    client.log_metric(made.info.run_id, "gap/acc", 0.0573, timestamp=round(when * 1000), step=1)
+    receipt = {"run_id": made.info.run_id, "sent": journal_of(folder).stat().st_size}
+    (folder / "mlflow.json").write_text(json.dumps(receipt))
+
+
+MEANWHILE: dict[str, Callable] = {
+    "mlflow gc": lambda folder, client: hard_delete(client, read_receipt(folder)["run_id"]),
+    "half of the epochs are not there": drop_epochs,
+    "another folder's receipt": lambda folder, client: (folder / "mlflow.json").write_text(
+        json.dumps(
+            {
+                "run_id": client.create_run("0", tags={"gaplab.id": "0" * 32}).info.run_id,
+                "sent": journal_of(folder).stat().st_size,
+            }
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_sync_asks_the_store_what_it_has(what: str, tmp_path, mlflow_run, capfd):
+    folder, tracker, client, _ = mlflow_run()
+    write_epochs(tracker, 1, 2, 3)
+    tracker.finish("FINISHED")
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "nothing to send: MLflow has all of it\n"
+    MEANWHILE[what](folder, client)
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "sent  runs/one\n1 run sent\n"
+    run = client.get_run(read_receipt(folder)["run_id"])
+    assert (epochs(client, run.info.run_id), run.info.status) == ([1, 2, 3], "FINISHED")
+    assert run.data.tags["gaplab.id"] == next(read_journal(folder))["id"]
+    sync_outputs(tmp_path)
+    assert capfd.readouterr().out == "nothing to send: MLflow has all of it\n"
+
+
+def test_an_experiment_that_is_renamed_keeps_its_runs(tmp_path, mlflow_run, capfd):
+    _, tracker, client, send = mlflow_run()
+    run_id = send().root.run_id
+    experiment = client.get_run(run_id).info.experiment_id
+    name = client.get_experiment(experiment).name
+    write_epochs(tracker, 1)
+    client.rename_experiment(experiment, f"{name}, renamed")
+    tracker.finish("FINISHED")
+    assert (epochs(client, run_id), client.get_experiment_by_name(name)) == ([1], None)
+
+
+def test_a_sweep_whose_run_is_gone_gets_its_jobs_back(tmp_path, mlflow_run, capfd):
+    sweep, tracker, client, _ = mlflow_run(tmp_path / "sweeps" / "s")
+    tracker.child(sweep / "job")
+    (sweep / "job").mkdir()
+    job = Tracker(sweep / "job", None, "job", {})
+    write_epochs(job, 1, 2)
+    job.finish("FINISHED")
+    tracker.finish("FINISHED")
+    child = read_receipt(sweep / "job")["run_id"]
+    hard_delete(client, read_receipt(sweep)["run_id"])
+    sync_outputs(tmp_path)
+    assert read_receipt(sweep / "job")["run_id"] == child
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == read_receipt(sweep)["run_id"]
+    assert epochs(client, child) == [1, 2]
+    client.delete_run(child)
+    write(sweep, "reopen", "tags", "close")
+    assert main(sweep, os.getppid()) == 0  # the others do not wait for it
+
+
+def test_a_folder_that_was_moved_sends_its_files_and_jobs(tmp_path, mlflow_run, capfd):
+    folder, tracker, client, _ = mlflow_run(tmp_path / "before" / "sweeps" / "s")
+    (folder / "job").mkdir()
+    (folder / "sweep.json").write_text("{}")
+    tracker.child(folder / "job")
+    tracker.artifact(folder / "sweep.json")
+    job = Tracker(folder / "job", None, "job", {})
+    job.finish("FINISHED")
+    tracker._sender = None
+    tracker.finish("FINISHED")
+    (tmp_path / "before").rename(tmp_path / "after")
+    sync_outputs(tmp_path / "after")
+    assert capfd.readouterr().out == "sent  sweeps/s\n1 run sent\n"
+    moved = tmp_path / "after" / "sweeps" / "s"
+    assert [file.path for file in client.list_artifacts(read_receipt(moved)["run_id"])] == ["sweep.json"]
+    assert client.get_run(read_receipt(moved / "job")["run_id"]).info.status == "FINISHED"
+
+
+def test_a_copy_of_a_folder_that_is_gone_on_with_is_a_run_of_its_own(tmp_path, mlflow_run):
+    folder, tracker, client, _ = mlflow_run()
+    write_epochs(tracker, 1)
+    tracker.finish("KILLED")
+    copy = shutil.copytree(folder, folder.with_name("copy"))
+    _, again, _, _ = mlflow_run(copy)
+    write_epochs(again, 2)
+    again.finish("FINISHED")
+    first, second = (read_receipt(one)["run_id"] for one in (folder, copy))
+    assert (epochs(client, first), epochs(client, second)) == ([1], [1, 2])
+    _, moved, _, _ = mlflow_run(folder.rename(folder.with_name("moved")))
+    write_epochs(moved, 2)
+    assert moved.finish("FINISHED") == first
+    assert epochs(client, first) == [1, 2]
+
+
+def test_what_mlflow_refuses_is_kept_with_its_reason_and_takes_nothing_with_it(tmp_path, mlflow_run, capfd):
+    folder, tracker, client, _ = mlflow_run()
+    tracker.params({f"p{number}": number for number in range(73)} | {"p@": 1})
+    tracker.tags({"first": "1", "a@b": "x", "last": "2"})
+    tracker.metrics({"gap/acc": 0.0573, "valid/recall/a,b": 0.5}, 1)
+    run = client.get_run(tracker.finish("FINISHED"))
+    assert (len(run.data.params), run.data.tags["first"], run.data.tags["last"]) == (73, "1", "2")
+    assert run.data.metrics["gap/acc"] == 0.0573
+    assert run.info.status == "FINISHED"
+    names = [name for values in read_receipt(folder)["refused"].values() for name in values]
+    assert names == ["p@", "a@b", "valid/recall/a,b"]
+    assert capfd.readouterr().err.count("(and 2 more)") == 1
+    client.set_tag(run.info.run_id, "first", "changed by a person")
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"0 runs sent, 1 not: MLflow refused .*one: p@: Invalid value"):
+            sync_outputs(tmp_path)
+    assert client.get_run(run.info.run_id).data.tags["first"] == "changed by a person"
+
+
+def test_a_server_that_fails_now_and_then_beside_asynchronous_logging_loses_no_epoch(mlflow_run, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setattr("gaplab.tracking.mlflow.PAUSE_S", 0.0)
+    monkeypatch.setattr("gaplab.tracking.mlflow.GIVE_UP_S", 5.0)
+    log, calls = SqlAlchemyStore._log_metrics, itertools.count()
+
+    def now_and_then(*arguments, **more) -> None:
+        if next(calls) % 2 == 0:
+            raise MlflowException("503", error_code=TEMPORARILY_UNAVAILABLE)
+        log(*arguments, **more)
+
+    monkeypatch.setattr(SqlAlchemyStore, "_log_metrics", now_and_then)
+    _, tracker, client, _ = mlflow_run()
+    write_epochs(tracker, 1, 2, 3, 4)
+    assert epochs(client, tracker.finish("FINISHED")) == [1, 2, 3, 4]
+
+
+def test_the_registry_is_in_the_store_whatever_a_variable_says(tmp_path, store, monkeypatch):
+    from gaplab.tracking.registry import Registry
+
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/other.db")
+    assert Registry(store("any").uri, "gaplab").versions() == []
+    assert not (tmp_path / "other.db").exists()
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 54321"), OSError("No username set")])
+def test_a_user_without_a_name_gets_the_run(error: Exception, mlflow_run, monkeypatch):
+    def getuser() -> str:
+        raise error
+
+    monkeypatch.setattr("getpass.getuser", getuser)
+    _, tracker, client, _ = mlflow_run()
+    assert client.get_run(tracker.finish("FINISHED")).data.tags["mlflow.user"] == str(os.getuid())
+
+
+def test_gaps_are_in_percentage_points_too_and_the_data_is_a_tag(mlflow_run):
+    _, tracker, client, _ = mlflow_run()
+    tracker.dataset("mnist", "abc", "here", {"train": 500, "valid": 100, "classes": 10})
+    tracker.metrics({"gap/acc": 0.1 + 0.2 - 0.25, "gap/acc_low": -0.01, "train/acc": 0.9, "gap/loss": 0.1}, 1)
+    tracker.metrics({"best/gap/acc": 0.04, "gap/acc_clean": 0.02}, 1)
+    run = client.get_run(tracker.finish("FINISHED"))
+    points = {name: value for name, value in run.data.metrics.items() if name.endswith("_pp")}
+    assert points == {"gap/acc_pp": 5.0, "gap/acc_low_pp": -1.0, "best/gap/acc_pp": 4.0, "gap/acc_clean_pp": 2.0}
+    assert run.data.tags["data"] == "mnist: 500 train, 100 valid"
+
+
+@pytest.mark.parametrize(
+    ("tags", "said"),
+    [
+        ({"a@b": "x"}, "tracking.tags.a@b: MLflow takes no such name"),
+        ({"a//b": "x"}, "tracking.tags.a//b: MLflow takes no such name"),
+        ({"a" * 251: "x"}, "MLflow takes no such name"),
+        ({"long": "x" * 8001}, "tracking.tags.long: 8001 characters; MLflow takes at most 8000"),
+        ({"condition": "mine"}, "tracking.tags.condition: gaplab sets this tag itself; choose another name"),
+        ({"git/commit": "mine"}, "tracking.tags.git/commit: gaplab sets"),
+        ({"mlflow.user": "me"}, "tracking.tags.mlflow.user: gaplab sets"),
+    ],
+)
+def test_a_tag_that_cannot_be_is_refused_before_the_run(tags: dict[str, str], said: str):
+    config = composed()
+    with pytest.raises(UserError, match=re.escape(said)):
+        configs.check(replace(config, tracking=replace(config.tracking, tags=tags)))
+    good = {"team/é name": "", "git": "x", "a.b-c_d:e": "y"}
+    configs.check(replace(config, tracking=replace(config.tracking, tags=good)))
+
+
+def test_the_jobs_of_a_sweep_get_the_users_tags(tmp_path: Path):
+    config = composed(f"paths.outputs={tmp_path}", "+tracking.tags.team=vision")
+    (tmp_path / "job").mkdir()
+    with pytest.raises(TrainingError, match="stop"), launch.opened(config, tmp_path / "job", in_sweep=True):
+        raise TrainingError("stop")
+    tags = next(event["values"] for event in read_journal(tmp_path / "job") if event["event"] == "tags")
+    assert (tags["team"], tags["condition"]) == ("vision", configs.condition(config))
+
+
+@pytest.mark.parametrize(("status", "kept"), [(0, False), (1, True), (2, False), (3, True)])
+def test_sync_logs_a_model_from_any_folder(status: int, kept: bool, tmp_path, mlflow_run, monkeypatch, capfd):
+    folder, tracker, client, _ = mlflow_run()
+    tracker._sender = None
+    tracker.finish("FINISHED", model=True)
+    calls = []
+
+    def run(command: list[str], env: dict[str, str], **_) -> "subprocess.CompletedProcess[str]":
+        calls.append((command, env))
+        return subprocess.CompletedProcess(command, status, "", "why not\n")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gaplab.tracking.mlflow.subprocess.run", run)
+    for _ in range(2):
+        with contextlib.suppress(TrainingError):
+            sync(configs.Sync(configs.Paths(str(tmp_path)), ["gaplab", "mine"]))
+    assert [command[-1] for command, _ in calls] == ["gaplab,mine"] * (1 + kept)
+    command, environment = calls[0]
+    assert command[1:3] == ["-m", "gaplab.export"]
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(configs.PROJECT / "src")
+    assert environment["PYTHONSAFEPATH"] == "1"  # a file mlflow.py in the current folder is not imported
+    assert environment["MLFLOW_TRACKING_URI"] == client.tracking_uri
+    problem = client.get_run(read_receipt(folder)["run_id"]).data.tags.get("model/problem")
+    assert problem == ("why not" if status > 1 else None)
 
 
 def test_sync_as_a_command(tmp_path: Path):

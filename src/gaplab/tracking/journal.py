@@ -1,10 +1,11 @@
 """The journal: every parameter, metric and tag of a run in order, on disk before it is sent anywhere.
 
 One JSON object a line, each with `time` (seconds since 1970) and `event`:
-`run` (name, id, host, uri, experiment, artifacts; once more for each attempt, with the same id), `params`, `tags`
-(values), `metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the folder of
-a run directly inside this one), and last `finish` (status). What is added to a run that has ended stands between
-`reopen` and `close`: its `model`, or what a report says. The uri may hold a password: the file is its owner's alone.
+`run` (name, id, folder, host, uri, experiment, artifacts; once more for each attempt, with the same id), `params`,
+`tags` (values), `metrics` (step, values), `dataset`, `artifact` (path inside the folder, folder), `child` (path: the
+folder of a run directly inside this one), and last `finish` (status). What is added to a run that has ended stands
+between `reopen` and `close`: its `model`, or what a report says. The uri may hold a password: the file is its owner's
+alone.
 """
 
 import json
@@ -24,6 +25,7 @@ from typing import Any, TextIO
 from gaplab.config import USUAL_TARGETS, MLflow, Tracking, elsewhere
 from gaplab.files import read_json, write_whole
 from gaplab.machine import command
+from gaplab.tracking.environment import of_child
 
 SEND_WAIT_S = 7.0  # all waits of a command together; MLflow's own start beside it costs some seconds more
 RUN_WAIT_S = 6.0
@@ -91,14 +93,18 @@ def _is_event(found: Any) -> bool:
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
-    """What the sender has done of a journal: `run_id` in MLflow once that is known, `sent` bytes, and a `problem` while
-    MLflow does not take the rest. Empty before it began, and when the file is damaged."""
+    """What the sender has done of a journal: `run_id` in MLflow once that is known, `sent` bytes, a `problem` while
+    MLflow does not take the rest, and what it `refused`: {end of the event in bytes: {name of the value: reason}}.
+    Empty before it began, and when the file is damaged."""
     receipt = read_json(folder / "mlflow.json")
     run_id, sent, problem = receipt.get("run_id"), receipt.get("sent", 0), receipt.get("problem")
+    refused = receipt.get("refused", {})
     good = (
         (run_id is None or (isinstance(run_id, str) and re.fullmatch(r"[\w-]{1,256}", run_id)))
         and (type(sent) is int and sent >= 0)
         and (problem is None or isinstance(problem, str))
+        and isinstance(refused, dict)
+        and all(end.isdecimal() and isinstance(names, dict) for end, names in refused.items())
     )
     return receipt if good else {}
 
@@ -141,14 +147,17 @@ class Tracker:
         tags: dict[str, str],
         allowed_targets: Sequence[str] = USUAL_TARGETS,
     ) -> None:
-        known = (event["id"] for event in read_journal(folder) if event["event"] == "run" and "id" in event)
-        self.id = str(next(known, None) or secrets.token_hex(16))
-        run = {"name": name, "id": self.id, "host": platform.node()}
+        last = _last_run(folder)
+        if _is_copy(folder, last):  # of a run that is still there, and whose run in MLflow is not this one's
+            (folder / "mlflow.json").unlink(missing_ok=True)
+            last = {}
+        self.id = str(last.get("id") or secrets.token_hex(16))
+        run = {"name": name, "id": self.id, "folder": str(folder.absolute()), "host": platform.node()}
         self._open(folder)
         if isinstance(settings, MLflow):
             store = {"uri": settings.uri, "experiment": settings.experiment, "artifacts": settings.artifacts}
             self._write("run", **run, **store)
-            self.tags(tags | settings.tags)
+            self.tags(settings.tags | tags)
             self._start(allowed_targets)
         else:
             self._write("run", **run)
@@ -209,6 +218,8 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, profile: dict[str, Any]) -> None:
         self._write("dataset", name=name, digest=digest, source=source, profile=profile)
+        sizes = ", ".join(f"{profile[split]} {split}" for split in ("train", "valid", "test") if profile.get(split))
+        self.tags({"data": f"{name}: {sizes}"})  # runs on other samples are told apart in MLflow's lists by it
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file, to be put into `folder` among the run's artifacts."""
@@ -301,6 +312,19 @@ class Tracker:
         _write(self._file, event, **fields)
 
 
+def _last_run(folder: Path) -> dict[str, Any]:
+    """The newest event that began a run in a folder; empty when there is none."""
+    return next((event for event in reversed(list(read_journal(folder))) if event["event"] == "run"), {})
+
+
+def _is_copy(folder: Path, last: dict[str, Any]) -> bool:
+    """Whether the run that `last` began is another folder's, which is still there; a folder that was moved is none."""
+    origin = Path(str(last.get("folder", folder)))
+    if not origin.is_dir() or origin.resolve() == folder.resolve():
+        return False
+    return _last_run(origin).get("id") == last.get("id")
+
+
 def _opened(folder: Path) -> TextIO:
     """A journal, to be written on after its last whole line."""
     path = journal_of(folder)
@@ -325,11 +349,9 @@ def _private(path: str, flags: int) -> int:
 
 
 def start_sender(folder: Path, allowed_targets: Sequence[str] = USUAL_TARGETS) -> "subprocess.Popen[bytes]":
-    source = str(Path(__file__).resolve().parents[2])
     environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        name: value for name, value in of_child().items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     }
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     with (folder / "mlflow.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gaplab.tracking.mlflow", str(folder), str(os.getpid()), ",".join(allowed_targets)],

@@ -12,11 +12,19 @@ from gaplab.tracking.journal import append, journal_of, parsed, read_receipt, wr
 
 
 class Entry(NamedTuple):
-    """An event, the attempt it belongs to (from 1), and where in the journal it ends, in bytes."""
+    """An event, the attempt it belongs to (from 1), where in the journal it ends, in bytes, and the names of its values
+    that are to be sent: all of them, or those that were refused before."""
 
     event: dict[str, Any]
     attempt: int
     end: int
+    names: frozenset[str] | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of params, tags or metrics."""
+        values = self.event["values"].items()
+        return {name: value for name, value in values if self.names is None or name in self.names}
 
 
 class Journal:
@@ -30,14 +38,22 @@ class Journal:
         attempts: how often the run was begun.
         ended: whether the newest event is the end of the run, or of what a report added to it.
         reopened: whether the newest beginning is a report's.
-        waiting: the events yet to be sent, in order.
-        measured: the value of each (metric, step) sent so far.
+        waiting: the events yet to be sent, in order; those that were refused by an earlier sender are among them.
+        refused: why MLflow refused what, by the end of the event and the name of the value, or "" for the event.
+        params, measured: the names of the parameters, and the value of each (metric, step), sent so far.
+        held: why nothing of it can be sent now: its run is deleted in MLflow.
+        checked: whether this process has compared what is sent with what MLflow has.
         described: the description sent last.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._receipt = read_receipt(folder)
+        self.held: str | None = None
+        self.checked = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._receipt = read_receipt(self.folder)
         self.run_id: str | None = self._receipt.get("run_id")
         self.id: str | None = None
         self.store: dict[str, Any] | None = None
@@ -45,16 +61,32 @@ class Journal:
         self.attempts = 0
         self.ended = self.reopened = False
         self.waiting: deque[Entry] = deque()
+        self.params: set[str] = set()
         self.measured: dict[tuple[str, int], float] = {}
         self.described: str | None = None
-        path = journal_of(folder)
+        self._homes: list[Path] = []
+        path = journal_of(self.folder)
         size = path.stat().st_size if path.is_file() else 0
         self._sent = self._receipt.get("sent", 0)
         if self.run_id is None or self._sent > size:  # not of this journal: better twice, which MLflow sees, than never
             self._sent = 0
+        self.refused = {int(end): names for end, names in self._receipt.get("refused", {}).items() if self._sent}
         self._seen = 0
         self._time = 0.0
         self._rest = b""
+
+    def restart(self, run_id: str | None) -> None:
+        """Send everything once more, to the run `run_id` or to a new one. Raises OSError."""
+        write_receipt(self.folder, {"run_id": run_id})
+        self._begin()
+        self.read()
+
+    def locate(self, path: str) -> Path:
+        """A path that the journal names, also where the folder was moved since."""
+        for home in self._homes:
+            if Path(path).is_relative_to(home):
+                return self.folder / Path(path).relative_to(home)
+        return Path(path)
 
     def read(self) -> list[tuple[dict[str, Any], bool]]:
         """The events written since the last call, each with whether it is yet to be sent."""
@@ -70,11 +102,15 @@ class Journal:
             if (event := parsed(line)) is None:  # cut off by a crash
                 continue
             self._follow(event)
-            entry = Entry(event, self.attempts, self._seen)
+            refused = self.refused.get(self._seen)
             if new := self._seen > self._sent:
-                self.waiting.append(entry)
+                self.waiting.append(Entry(event, self.attempts, self._seen))
             else:
-                self._note(event)
+                self._note(Entry(event, self.attempts, self._seen))
+                if refused is not None:
+                    self.waiting.append(
+                        Entry(event, self.attempts, self._seen, None if "" in refused else frozenset(refused))
+                    )
             found.append((event, new))
         return found
 
@@ -85,30 +121,42 @@ class Journal:
         if word == "run":
             self.attempts += 1
             self.host = event.get("host")
-            self.id = self.id or (str(event["id"]) if re.fullmatch("[0-9a-f]{32}", str(event.get("id"))) else None)
+            self.id = str(event["id"]) if re.fullmatch("[0-9a-f]{32}", str(event.get("id"))) else self.id
+            if isinstance(event.get("folder"), str):
+                self._homes.insert(0, Path(event["folder"]))
             self.store = self.store or (event if isinstance(event.get("uri"), str) else None)
         self.ended = word == ("close" if self.reopened else "finish")
 
-    def _note(self, event: dict[str, Any]) -> None:
-        if event["event"] == "metrics" and isinstance(event.get("values"), dict):
-            self.measured |= {(name, event.get("step", 0)): value for name, value in event["values"].items()}
-        if event["event"] == "tags":
-            self.described = event["values"].get(NOTE, self.described)
+    def _note(self, entry: Entry) -> None:
+        event, refused = entry.event, self.refused.get(entry.end, {})
+        if event["event"] not in ("params", "tags", "metrics") or not isinstance(event.get("values"), dict):
+            return
+        values = {name: value for name, value in event["values"].items() if name not in refused}
+        if event["event"] == "params":
+            self.params |= values.keys()
+        elif event["event"] == "metrics":
+            self.measured |= {(name, event.get("step", 0)): value for name, value in values.items()}
+        else:
+            self.described = values.get(NOTE, self.described)
 
     def measured_before(self, name: str, step: int, value: float) -> bool:
         """Whether a later attempt has measured the same once more: the same value, or a time, which never is."""
         before = self.measured.get((name, step))
         return before is not None and (before == value or name.startswith("time/"))
 
-    def sent(self) -> None:
-        """The first that waits is sent, or never will be."""
+    def sent(self, refused: dict[str, str]) -> None:
+        """The first that waits is sent, but for what MLflow refused of it, by name and reason."""
         entry = self.waiting.popleft()
-        self._note(entry.event)
-        self._sent = entry.end
+        self.refused.pop(entry.end, None)
+        if refused:
+            self.refused[entry.end] = refused
+        self._note(entry)
+        self._sent = max(self._sent, entry.end)
 
     def save(self, problem: str | None = None) -> None:
         """Write the receipt. Raises OSError."""
-        receipt = {"run_id": self.run_id, "sent": self._sent, "problem": problem}
+        refused = {str(end): names for end, names in self.refused.items()} or None
+        receipt = {"run_id": self.run_id, "sent": self._sent, "problem": problem, "refused": refused}
         if receipt != self._receipt:
             write_receipt(self.folder, receipt)
             self._receipt = receipt

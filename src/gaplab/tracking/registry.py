@@ -4,7 +4,6 @@ MLflow takes seconds to import, so this is imported where it is used.
 """
 
 import logging
-import os
 import re
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ from torch import nn
 from gaplab.config import masked
 from gaplab.errors import UserError
 from gaplab.files import check_yaml, plain, read_text
+from gaplab.tracking.environment import settle
 from gaplab.tracking.mlflow import is_permanent, reason
 from gaplab.tracking.store import connect
 
@@ -32,7 +32,7 @@ WEIGHTS = "gaplab.weights"  # tag of a logged model: SHA-256 of the checkpoint t
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS = "gaplab.champions"  # tag of the registered model: the versions that were champion, the newest last
 OWN_NAME = "gaplab.name"  # tag of the registered model: the name that it was made with
-SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "valid/loss", "test/acc")
+SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/acc_pp", "valid/loss", "test/acc")
 
 
 def log_model(
@@ -59,8 +59,7 @@ def log_model(
 
     Raises UserError when the model cannot be exported, and whatever MLflow or the network come up with.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    settle()
     with _quiet():
         import mlflow.pytorch
         from mlflow import MlflowClient
@@ -68,7 +67,8 @@ def log_model(
         from mlflow.models import Model
 
         mlflow.set_tracking_uri(uri)
-        client = MlflowClient()
+        mlflow.set_registry_uri(uri)
+        client = MlflowClient(uri, uri)
         run = client.get_run(run_id)
         if (known := logged_model(client, run, weights)) is not None:
             return known
@@ -143,7 +143,7 @@ def _measure(client: Any, run_id: str, model_id: str, step: int) -> None:
             Metric(name, point.value, point.timestamp, point.step, model_id=model_id, run_id=run_id)
             for point in chosen[:1]
         ]
-    client.log_batch(run_id, metrics=found)
+    client.log_batch(run_id, metrics=found, synchronous=True)
 
 
 @contextmanager
@@ -322,10 +322,10 @@ class Registry:
 
 
 def _connect(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     client = connect(uri)
     import mlflow
 
+    mlflow.set_registry_uri(uri)
     mlflow.set_tracking_uri(uri)  # addresses of models are looked up there, whatever a client was given
     return client
 
@@ -400,7 +400,6 @@ def fetch(address: str, uri: str, target: Path) -> tuple[nn.Module, Path, str | 
     graph, so its author must be somebody you trust.
     """
     path, run_id = download(address, uri, target)
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     with _quiet():
         import mlflow
 

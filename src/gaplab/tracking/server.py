@@ -12,15 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gaplab.errors import TrainingError, UserError
+from gaplab.tracking.environment import of_child, settle
 
 HOST = "127.0.0.1"
 START_S, STOP_S = 90.0, 8.0
-SAFE = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # a model may be somebody else's
-    "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",  # where models were exported
-}
 
 
 def check_port(port: int, hint: str) -> None:
@@ -45,13 +40,12 @@ def running(words: list[str], port: int, health: str, log: Path) -> Iterator["su
 
     Raises TrainingError when it does not come up.
     """
-    # the address of a store, which may hold a password, is not for a server that needs none
-    inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    settle()  # it is asked without a proxy
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # MLflow calls uvicorn
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *words, "--host", HOST, "--port", str(port)],
-            env=inherited | SAFE | {"PATH": path},
+            env=of_child() | {"PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

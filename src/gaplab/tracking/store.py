@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gaplab.errors import UserError
+from gaplab.tracking.environment import settle
 
 # a person waits: a server that does not answer is told of within 10 s
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
@@ -17,11 +18,12 @@ def connect(uri: str) -> Any:
     """A client of the store at `uri` that does not wait long. Raises UserError when there is no such SQLite store."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"tracking.uri={uri}: no such store; a run with tracking makes it")
-    for name, value in (PATIENCE | {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}).items():
+    settle()
+    for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(uri, uri)
 
 
 def read_children(uri: str, parent: str) -> tuple[str, str, list[dict[str, Any]], int]:
@@ -106,7 +108,6 @@ def _dataset(run: Any) -> dict[str, Any]:
 def download(uri: str, run_id: str, names: list[str], target: Path) -> None:
     """Some artifacts of a run, by their names, into the folder `target`. Raises UserError."""
     client = connect(uri)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     run = _get(client, run_id)
     if isinstance(run, str):
         raise UserError(f"run={run_id}: {run}")
@@ -125,7 +126,7 @@ def add_to_run(uri: str, run_id: str, metrics: dict[str, float], step: int, file
         raise UserError(f"run={run_id}: {run}")
     try:
         for name, value in metrics.items():
-            client.log_metric(run_id, name, value, step=step)
+            client.log_metric(run_id, name, value, step=step, synchronous=True)
         for file in files:
             client.log_artifact(run_id, str(file), folder)
     except Exception as error:  # of MLflow, the network, the disk

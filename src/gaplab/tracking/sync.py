@@ -1,5 +1,7 @@
-"""Everything in the outputs that MLflow does not have yet, sent one after another: `python src/sync.py`."""
+"""Everything in the outputs that MLflow does not have, sent one after another: `python src/sync.py`."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from gaplab import config as configs
@@ -7,6 +9,8 @@ from gaplab.config import Sync
 from gaplab.errors import TrainingError, UserError
 from gaplab.tracking.journal import journal_of
 from gaplab.tracking.mlflow import Delivery, Sender, name_result, reason
+
+OTHERS = {"going": "still going", "left": "deleted in MLflow"}
 
 
 def sync(settings: Sync) -> None:
@@ -18,30 +22,30 @@ def sync(settings: Sync) -> None:
     if not outputs.is_dir():
         raise UserError(f"paths.outputs={settings.paths.outputs}: no such folder")
     folders = [one for kind in ("runs", "sweeps") for one in sorted((outputs / kind).glob("*")) if one.is_dir()]
-    servers = _Servers()
-    sent, going, problems = 0, 0, []
+    servers = _Servers(settings.allowed_targets)
+    counts, problems = Counter[str](), []
     for folder in folders:
         if not journal_of(folder).is_file():
             continue
         try:
-            outcome = _sync_one(folder, servers)
+            outcome, problem = _sync_one(folder, servers)
         except OSError as error:
-            outcome = f"{folder}: {error.strerror}"
-        if outcome is None:
-            continue
+            outcome, problem = "failed", f"{folder}: {error.strerror}"
+        counts[outcome] += 1
         if outcome == "sent":
-            sent += 1
             print(f"sent  {folder.relative_to(outputs)}", flush=True)
-        elif outcome == "going":
-            going += 1
-        else:
-            problems.append(outcome)
-    summary = f"{_runs(sent)} sent" + (f", {going} still going" if going else "")
+        elif outcome == "left":
+            print(f"left  {problem}", flush=True)
+        elif problem:
+            problems.append(problem)
+    parts = [f"{_runs(counts['sent'])} sent"]
+    parts += [f"{counts[name]} {text}" for name, text in OTHERS.items() if counts[name]]
+    summary = ", ".join(parts)
     if problems:
         others = len(set(problems)) - 1
         more = f" (and {others} other reason{'s' * (others > 1)})" if others else ""
         raise TrainingError(f"{summary}, {len(problems)} not: {problems[0]}{more}")
-    print(summary if sent or going else "nothing to send: MLflow has all of it")
+    print(summary if counts["sent"] or len(parts) > 1 else "nothing to send: MLflow has all of it")
 
 
 def _runs(count: int) -> str:
@@ -51,7 +55,8 @@ def _runs(count: int) -> str:
 class _Servers:
     """Those in use, each connected to once, and why not; a server that is away is not asked again for each run."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed_targets: Sequence[str]) -> None:
+        self._allowed_targets = allowed_targets
         self._senders: dict[tuple[str, ...], Sender | str] = {}
 
     def get(self, delivery: Delivery) -> Sender | str:
@@ -60,7 +65,7 @@ class _Servers:
         key = tuple(str(store.get(name)) for name in ("uri", "experiment", "artifacts"))
         if key not in self._senders:
             try:
-                self._senders[key] = Sender(store)
+                self._senders[key] = Sender(store, self._allowed_targets)
             except Exception as error:  # whatever MLflow or the network came up with
                 self._senders[key] = reason(error, store["uri"])
         return self._senders[key]
@@ -70,37 +75,34 @@ class _Servers:
         self._senders = {key: one for key, one in self._senders.items() if one is not sender}
 
 
-def _sync_one(folder: Path, servers: _Servers) -> str | None:
-    """`sent`, `going`, None when there was nothing to do, else why not."""
+def _sync_one(folder: Path, servers: _Servers) -> tuple[str, str]:
+    """What came of a folder, `sent`, `complete`, `going`, `left`, `failed` or `untracked`, and why not."""
     from filelock import FileLock, Timeout
 
     delivery = Delivery(folder)
     delivery.read()
     if delivery.root.store is None:  # tracking=none
-        return None
+        return "untracked", ""
     try:
         with FileLock(folder / ".lock", timeout=0), FileLock(folder / ".mlflow.lock", timeout=0):
             pass
     except Timeout:
-        return "going"
-    if delivery.is_settled:
-        _name_results(delivery)
-        return None
+        return "going", ""
     sender = servers.get(delivery)
     if isinstance(sender, str):
-        return sender
+        return "failed", sender
     with FileLock(folder / ".mlflow.lock"):
         delivery = Delivery(folder)
         delivery.read()
         delivery.send(sender, orphaned=not delivery.root.ended)
+    if delivery.is_held:
+        return "left", str(delivery.problem)
     if delivery.problem is not None:
         servers.forget(sender)
-        return delivery.problem
-    _name_results(delivery)
-    return f"MLflow refused {delivery.refused[0]}" if delivery.refused else "sent"
-
-
-def _name_results(delivery: Delivery) -> None:
+        return "failed", delivery.problem
     delivery.name_results()
     if delivery.root.run_id is not None:
         name_result(delivery.root.folder, delivery.root.run_id)
+    if delivery.refused:
+        return "failed", f"MLflow refused {delivery.refused[0]}"
+    return ("sent" if delivery.progress else "complete"), ""
