@@ -17,7 +17,7 @@ def test_a_view_is_as_mlflow_saves_one():
         assert (type(saved["name"]), type(saved["createdAt"]), type(saved["state"])) == (str, int, str)
         state = json.loads(saved["state"])
         assert state["selectedColumns"] == list(dashboard.COLUMNS)
-        assert [one["metricKey"] for one in state["compareRunCharts"][:3]] == ["train/acc", "valid/acc", "gap/acc"]
+        assert [one["metricKey"] for one in state["compareRunCharts"][:3]] == ["train/acc", "valid/acc", "gap/acc_pp"]
         sections = {one["uuid"] for one in state["compareRunSections"]}
         assert {one["metricSectionId"] for one in state["compareRunCharts"]} <= sections
         assert len({one["uuid"] for one in state["compareRunCharts"]}) == len(state["compareRunCharts"])

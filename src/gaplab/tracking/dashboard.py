@@ -30,8 +30,9 @@ READING = (
 MEANING = {
     "`train/acc`, `valid/acc`": "accuracy over *every* sample of the split, both with the *same* weights, in eval "
     "mode, without augmentation, at the end of the last epoch",
-    "`gap/acc`": "the overfitting gap, `train/acc − valid/acc`: 0.02 is 2 percentage points; `gap/acc_low` and "
-    "`gap/acc_high` are its 95 % interval",
+    "`gap/acc_pp`": "the overfitting gap, `train/acc − valid/acc`, in percentage points (pp); `gap/acc_low_pp` and "
+    "`gap/acc_high_pp` are its 95 % interval. `gap/acc` and the others without `_pp` are the same as fractions",
+    "`data`": "the data set and how many samples each split has: compare gaps of runs on the same data alone",
     "`test/acc`": "read once, at the end, with the weights of the epoch that has the best `valid/acc`",
     "`best/…`": "the same figures, of that epoch",
     "`train/acc_running`": "what most tools call train accuracy: averaged over the mini-batches of an epoch while the "
@@ -40,25 +41,26 @@ MEANING = {
     "replicates",
 }
 COLUMNS = (
-    "metrics.`train/acc`", "metrics.`valid/acc`", "metrics.`gap/acc`", "metrics.`test/acc`",
-    "params.`model.bn`", "params.`model.dropout`", "params.`model.init`", "params.`seed`",
+    "metrics.`train/acc`", "metrics.`valid/acc`", "metrics.`gap/acc_pp`", "metrics.`test/acc`",
+    "tags.`data`", "params.`model.bn`", "params.`model.dropout`", "params.`model.init`", "params.`seed`",
 )  # fmt: skip
 WIDTHS = {
     "attributes.`Run Name`": 240,
     "metrics.`train/acc`": 95,
     "metrics.`valid/acc`": 95,
-    "metrics.`gap/acc`": 95,
+    "metrics.`gap/acc_pp`": 105,
     "metrics.`test/acc`": 95,
+    "tags.`data`": 250,
     "params.`model.bn`": 90,
     "params.`model.dropout`": 125,
     "params.`model.init`": 125,
     "params.`seed`": 70,
 }
-GROUPED_BY = ("arm", "sweep", "condition")  # tags; the first is for people
+GROUPED_BY = ("arm", "data", "sweep", "condition")  # tags; the first two are for people
 MATTER, END = "Train, valid and gap", "Test, valid and gap at the end"
 CHARTS = (
-    (MATTER, "LINE", "train/acc"), (MATTER, "LINE", "valid/acc"), (MATTER, "LINE", "gap/acc"),
-    (END, "BAR", "test/acc"), (END, "BAR", "valid/acc"), (END, "BAR", "gap/acc"),
+    (MATTER, "LINE", "train/acc"), (MATTER, "LINE", "valid/acc"), (MATTER, "LINE", "gap/acc_pp"),
+    (END, "BAR", "test/acc"), (END, "BAR", "valid/acc"), (END, "BAR", "gap/acc_pp"),
     ("Loss", "LINE", "train/loss"), ("Loss", "LINE", "valid/loss"), ("Loss", "LINE", "gap/loss"),
 )  # fmt: skip
 FOLDED = (
@@ -71,7 +73,7 @@ def views() -> dict[str, str]:
     """The tags of the experiment that are its views."""
     conditions = {
         "searchFilter": "params.`seed` LIKE '%'",  # not the sweeps, which would be groups of their own;
-        "orderByKey": "tags.`sweep`",  # in the order of time they would come all the same
+        "orderByKey": "tags.`data`",  # those that can be compared beside each other
         "groupBy": _grouped(),
         "runsHiddenMode": "SHOW_ALL",
     }
