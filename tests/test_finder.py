@@ -46,7 +46,9 @@ def test_resume_takes_the_latest_run_outside_sweeps_and_names_the_newer_job(outp
     found = find_run(outputs, "latest", "resume", resumable=True)
     assert found == outputs / "runs" / "2026-10-25_02-10-00_after"
     job = "sweeps/2026-10-26_03-00-00_moved_west/1_seed=1"
-    assert f"{found.name}; {job} is newer, but a job of a sweep: python src/train.py -m" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{found.name}; {job} is newer, but a job of a sweep: " in told
+    assert told.endswith(f"train.py -m sweep.resume={outputs / job.rpartition('/')[0]}\n")
     stage(outputs / "runs" / "newest", 5000)
     assert find_run(outputs, "latest", "resume", resumable=True).name == "newest"
     assert capsys.readouterr().err == "resume=latest is runs/newest\n"
@@ -97,7 +99,7 @@ def test_what_is_no_run_is_named(outputs, name):
 
 @pytest.mark.parametrize("name", ["2026-10-26_09-00-00_b", "1_seed=1", "2026-10-26_09-00-00_b/1_seed=1"])
 def test_a_sweep_and_its_jobs_are_resumed_as_a_sweep(outputs, name):
-    with pytest.raises(UserError, match=r"of a sweep; go on with python src/train.py -m sweep.resume=2026-10-26_0"):
+    with pytest.raises(UserError, match=r"of a sweep; go on with .*train.py -m sweep.resume=.*/sweeps/2026-10-26_0"):
         find_run(outputs, name, "resume", resumable=True)
 
 
