@@ -54,3 +54,24 @@ class Choosy(nn.Module):
 
     def forward(self, x):
         return self.head(x.flatten(1)) if x.mean() > 0 else -self.head(x.flatten(1))
+
+
+class Pretrained(nn.Module):
+    """A user's network that comes with weights: a frozen part with BatchNorm in eval mode, and new layers."""
+
+    def __init__(self, in_shape, num_classes, frozen=False):
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Flatten(), nn.Linear(in_shape[0] * in_shape[1] * in_shape[2], 8), nn.BatchNorm1d(8)
+        )
+        self.backbone.requires_grad_(False).eval()
+        self.backbone[1].weight.data.copy_(torch.arange(self.backbone[1].weight.numel()).view(8, -1) % 7 - 3)
+        self.conv, self.norm = nn.Conv2d(in_shape[0], 2, 3), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, num_classes)
+        self.head.weight.data.fill_(0.5)
+        if frozen:
+            self.requires_grad_(False)
+
+    def forward(self, x):
+        taken = self.conv(x[:, :, :4, :4]).view(len(x), -1)  # (B, 8), of contiguous tensors alone
+        return self.head(self.norm(self.backbone(x) + taken))

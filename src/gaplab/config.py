@@ -54,7 +54,7 @@ def key(default: Any, doc: str, allowed: Range | tuple[str, ...] | None = None) 
 
 INITIALIZERS = (
     "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal", "normal", "uniform",
-    "trunc_normal", "zeros", "lsuv",
+    "trunc_normal", "zeros", "lsuv", "default",
 )  # fmt: skip
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid")
 RESNETS = (
@@ -99,7 +99,10 @@ class Model:
     bn_eps: float = key(1e-5, "Added to the variance under the root.", SCALE)
     dropout: float = key(0.0, "Probability of dropping a unit.", Range(0, 1, "[)"))
     init: str = key(
-        "kaiming_normal", "Initializer of linear and convolutional weights; biases start at 0.", INITIALIZERS
+        "default",
+        "Initializer of linear and convolutional weights, whose biases start at 0; default leaves every layer as the "
+        "network's constructor made it. Frozen parameters are never changed.",
+        INITIALIZERS,
     )
     init_gain: float = key(1.0, "Factor on the initializer's own scale.", SCALE)
     init_std: float = key(0.05, "Standard deviation for init=normal, uniform and trunc_normal.", Range(0, 1e37, "(]"))
@@ -108,18 +111,27 @@ class Model:
 
 
 @dataclass
-class MLP(Model):
+class Shipped(Model):
+    init: str = key(
+        "kaiming_normal",
+        "Initializer of linear and convolutional weights, whose biases start at 0; default is torch's own.",
+        INITIALIZERS,
+    )
+
+
+@dataclass
+class MLP(Shipped):
     hidden_dims: list[int] = key([64, 128, 64], "Units in each hidden layer.", POSITIVE)
 
 
 @dataclass
-class CNN(Model):
+class CNN(Shipped):
     widths: list[int] = key([32, 64], "Channels of each stage: 3x3 convolution, then 2x2 max pooling.", POSITIVE)
     hidden_dims: list[int] = key([128], "Units in each hidden dense layer after the convolutions.", POSITIVE)
 
 
 @dataclass
-class ResNet(Model):
+class ResNet(Shipped):
     depth: int = key(
         20,
         "Layers: 6n+2 (three stages, for CIFAR; the paper's deepest has 1202) or 18 (four stages).",
@@ -131,7 +143,7 @@ class ResNet(Model):
 
 
 @dataclass
-class TorchvisionResNet(Model):
+class TorchvisionResNet(Shipped):
     arch: str = key("resnet18", "torchvision's name of the network.", RESNETS)
 
 
@@ -152,7 +164,12 @@ class Data:
         "official training part; or null or 1.0 for all that validation leaves.",
         COUNT_OR_FRACTION,
     )
-    label_noise: float = key(0.0, "Share of training labels replaced by another class at random.", Range(0, 1))
+    label_noise: float = key(
+        0.0,
+        "Share of training labels replaced by another class at random. train/acc and gap/acc count the labels trained "
+        "on; train/acc_clean and gap/acc_clean count the labels without noise.",
+        Range(0, 1),
+    )
     normalize: str = key(
         "standardize",
         "Pixels in [0, 1] as they are, with the training mean subtracted, as standard scores, or 1 above half of the "
@@ -832,7 +849,7 @@ def run_name(config: Config) -> str:
         parts.append("bn" if model.bn_position == "before_activation" else "bn-after")
     if model.dropout:
         parts.append(f"dropout={model.dropout:g}")
-    if model.init != Model.init:
+    if model.init != type(model).init:
         parts.append(model.init if model.init_std == Model.init_std else f"{model.init}={model.init_std:g}")
     return " ".join([*parts, f"s{config.seed}"])
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from networks import MODEL, Own, Untoggled
+from conftest import composed
+from networks import MODEL, Own, Pretrained, Untoggled
 from torch import nn
 
 from gaplab.errors import UserError
@@ -23,6 +24,18 @@ def test_a_network_that_cannot_toggle_is_refused_only_while_a_toggle_is_on():
     for toggle in ({"bn": True}, {"dropout": 0.5}):
         with pytest.raises(UserError, match="takes no argument `layers`"):
             build_own(Untoggled, **toggle)
+
+
+def test_a_users_network_keeps_its_weights_unless_an_initializer_is_asked_for_and_frozen_ones_always():
+    own = composed("model=custom", "model._target_=gaplab.nn.mlp.MLP").model.init
+    assert (own, composed().model.init) == ("default", "kaiming_normal")
+    as_built = Pretrained((3, 2, 2), 5)
+    default, drawn = build_own(Pretrained, init=own).body, build_own(Pretrained, init="kaiming_normal").body
+    for body in (default, drawn):
+        assert torch.equal(body.backbone[1].weight, as_built.backbone[1].weight)
+    assert torch.equal(default.head.weight, as_built.head.weight)
+    assert not torch.equal(drawn.head.weight, as_built.head.weight)
+    assert not any(module.training for module in default.backbone)
 
 
 def test_wrong_arguments_are_one_line():

@@ -65,6 +65,15 @@ def test_under_label_noise_the_train_split_is_counted_against_both_labels_and_bo
     assert not any("clean" in name for name in Epoch(1, valid, valid, 0.7, 0.001, 1.0, 0.1, 400.0).metrics())
 
 
+def test_evaluation_leaves_each_layer_in_its_own_mode():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Linear(3072, 10)).train()
+    network[1].eval()  # frozen by a user
+    batches = [(images.float(), labels) for images, labels in random_batches(0, 64)]
+    score(network, batches, CPU)
+    predict(network, batches)
+    assert [module.training for module in network] == [True, False, True]
+
+
 def test_evaluation_moves_no_running_statistic():
     network, batches = build("cnn", bn=True).train(), random_batches(0, 100)
     before = {name: value.clone() for name, value in network.state_dict().items()}

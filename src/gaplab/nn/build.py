@@ -75,4 +75,9 @@ def build_network(
             raise UserError(f"model._target_={model['_target_']}: {error}") from None
     init_(body, model["init"], model["init_gain"], model["init_std"], model["activation"], seed)
     network = Network(Normalize(in_shape[0]), body)
-    return network.to(memory_format=torch.channels_last)  # torch's convolutions are faster so, on CPU too
+    if network_class.__module__.partition(".")[0] in (
+        "gaplab",
+        "torchvision",
+    ):  # another's may take views of its tensors
+        network.to(memory_format=torch.channels_last)  # torch's convolutions are faster so, on CPU too
+    return network

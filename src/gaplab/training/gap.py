@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,19 @@ from gaplab.ranks import ALONE, Ranks
 from gaplab.training.classifier import Batch, Classifier
 
 
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluate in this context. Afterwards each module has the mode that it had before, so that layers which the
+    network keeps in eval mode, such as a frozen BatchNorm, stay in it: `network.train()` would change all."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.inference_mode()
 def score(
     network: nn.Module, batches: Iterable[tuple[Tensor, ...]], device: torch.device, ranks: Ranks = ALONE
@@ -25,18 +39,16 @@ def score(
 
     `batches` are images, labels and, under label noise, the labels without it, as `DataModule.labelled` yields them.
     """
-    training = network.training
-    network.eval()
     total, labellings = 0, 1
     correct = torch.zeros(2, dtype=torch.int64, device=device)  # by labelling
     loss = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, *labels in batches:
-        total, labellings = total + len(images), len(labels)
-        logits = network(images)  # (B, K)
-        for number, one in enumerate(labels):
-            correct[number] += (logits.argmax(1) == one).sum()
-            loss[number] += F.cross_entropy(logits.float(), one, reduction="sum")
-    network.train(training)
+    with eval_mode(network):
+        for images, *labels in batches:
+            total, labellings = total + len(images), len(labels)
+            logits = network(images)  # (B, K)
+            for number, one in enumerate(labels):
+                correct[number] += (logits.argmax(1) == one).sum()
+                loss[number] += F.cross_entropy(logits.float(), one, reduction="sum")
     samples, *counts = ranks.total(total, *correct.tolist(), *loss.tolist())
     scores = [Score(int(counts[number]), int(samples), counts[2 + number] / samples) for number in range(labellings)]
     return replace(scores[0], clean=scores[1]) if labellings > 1 else scores[0]
@@ -45,10 +57,8 @@ def score(
 @torch.inference_mode()
 def predict(network: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, K) and labels int64 (N,) of every sample, in eval mode, on the CPU."""
-    training = network.training
-    network.eval()
-    parts = [(network(images).float().cpu(), labels.cpu()) for images, labels in batches]
-    network.train(training)
+    with eval_mode(network):
+        parts = [(network(images).float().cpu(), labels.cpu()) for images, labels in batches]
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
