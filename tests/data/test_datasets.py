@@ -328,6 +328,24 @@ def test_a_sample_is_the_same_pictures_every_time_spread_over_the_split():
     assert data.sample("valid", 256).shape == (100, 1, 28, 28)
 
 
+def test_splits_of_an_earlier_attempt_are_kept_and_others_end_the_run(tmp_path):
+    keys = ["data.train_size=100", "data.valid_size=50"]
+    data, other = (build_datamodule(composed(*keys).data, seed) for seed in (0, 1))
+    path = tmp_path / "splits.npz"
+    data.save_splits(path)
+    first = path.read_bytes()
+    data.save_splits(path)
+    with pytest.raises(
+        UserError, match=r"splits\.npz: the run was trained on other samples than its config selects now"
+    ):
+        other.save_splits(path)
+    assert path.read_bytes() == first
+    path.write_bytes(first[:300])
+    with pytest.raises(UserError, match=r"splits\.npz: cannot be read"):
+        data.save_splits(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["splits.npz"]
+
+
 def test_every_sample_of_each_split_is_read_once():
     data = build_datamodule(
         composed("data.train_size=1001", "data.valid_size=333", "data.label_noise=0.5").data, seed=0

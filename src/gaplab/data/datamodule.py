@@ -1,9 +1,11 @@
 """The data of a run: sources, splits, statistics and loaders."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import PIL
@@ -74,13 +76,19 @@ class DataModule(LightningDataModule):
         mean, std = splits["train"].source.moments(splits["train"].indices)
         self.mean = torch.zeros_like(mean) if data.normalize in ("none", "binary") else mean
         self.std = std if data.normalize == "standardize" else torch.ones_like(std)
-        sampler = EpochOrder(splits["train"].indices, seed)
-        self._loader = ChunkLoader(
-            self._read_train, sampler, data.batch_size, chunk_size, least=2 * ranks.size if bn else 1
-        )
+        self._chunk_size = chunk_size
         side = min(self.in_shape[1:])
         if "crop" in data.augment and data.crop_padding >= side:
             raise UserError(f"data.crop_padding={data.crop_padding}: must be below {side}, the side of the pictures")
+        self.fit_batchnorm(bn)
+
+    def fit_batchnorm(self, bn: bool) -> None:
+        """Leave out a last mini-batch that is too small for BatchNorm, if there is `bn`. Raises UserError when nothing
+        is left."""
+        data, ranks = self._data, self._ranks
+        sampler = EpochOrder(self.splits["train"].indices, self._seed)
+        least = 2 * ranks.size if bn else 1
+        self._loader = ChunkLoader(self._read_train, sampler, data.batch_size, self._chunk_size, least)
         if self._loader.steps == 0:
             few = f"{self._loader.left_out} sample{'s' * (self._loader.left_out != 1)}"
             raise UserError(f"data.batch_size={data.batch_size}: the train split has {few}, too few for BatchNorm")
@@ -122,8 +130,26 @@ class DataModule(LightningDataModule):
             part.labels = part.labels.to(device)
 
     def save_splits(self, path: Path) -> None:
-        """Indices of `train` and `valid` into the official training part (of a folder: its sorted pictures)."""
-        np.savez(path, train=self.splits["train"].indices.numpy(), valid=self.splits["valid"].indices.numpy())
+        """Write the indices of `train` and `valid` into the official training part (of a folder: its sorted pictures).
+
+        A file from an earlier attempt stays as it is. Raises UserError when it holds other indices, or cannot be read.
+        """
+        splits = {name: self.splits[name].indices.numpy() for name in ("train", "valid")}
+        if not path.is_file():
+            partial = path.with_name(f".{path.name}")
+            np.savez(partial, allow_pickle=False, **splits)
+            os.replace(partial, path)
+            return
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+                same = all(np.array_equal(kept[name], indices) for name, indices in splits.items())
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(f"{plain(path)}: cannot be read ({plain(error)}); start a new run") from None
+        if not same:
+            raise UserError(
+                f"{plain(path)}: the run was trained on other samples than its config selects now; resume it with the "
+                "data and the version of gaplab that it was started with, or start a new run"
+            )
 
     def train_dataloader(self) -> ChunkLoader:
         return self._loader
