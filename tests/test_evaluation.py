@@ -194,6 +194,19 @@ def test_what_is_not_known_is_told(trained_runs, outputs, tmp_path):
     assert (said["trained_on"], said["notes"]) == (0, [])
 
 
+def test_label_noise_in_the_samples_is_noted_with_the_accuracy_against_the_labels_without_it(trained_runs, outputs):
+    words = [f"run={trained_runs[0]}", "split=train", "data=mnist", "data.train_size=1000", "data.valid_size=500"]
+    clean, noisy = (
+        json.loads((evaluate(settings(outputs, *words, f"data.label_noise={share}")) / "evaluation.json").read_text())
+        for share in (0, 0.3)
+    )
+    assert clean["acc"] - noisy["acc"] > 0.2
+    (note,) = [note for note in noisy["notes"] if "label_noise" in note]
+    assert note.startswith("300 of these labels are wrong")
+    assert note.endswith(f"the accuracy is {clean['acc']:.4f}")
+    assert not any("label_noise" in note for note in clean["notes"])
+
+
 def test_a_network_beside_itself_differs_in_nothing(trained_runs, outputs):
     network = load_run(str(trained_runs[0]), outputs, None)
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)

@@ -27,6 +27,17 @@ def test_learning_curves_show_every_epoch_the_gap_in_pp_and_the_loss():
     assert "best valid: epoch 2" in curves
 
 
+def test_learning_curves_under_label_noise_show_the_clean_labels():
+    clean = ("train/acc_clean", "gap/acc_clean", "gap/acc_clean_low", "gap/acc_clean_high", "train/loss_clean")
+    history = [row | dict(zip(clean, (0.95, 0.05, 0.04, 0.06, 0.2), strict=True)) for row in HISTORY]
+    upper, middle, lower = figures.learning_curves(history, 2, "a run").axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in upper.lines}
+    assert curves["train, clean labels"] == [0.95, 0.95]
+    assert "train" not in curves
+    assert np.allclose(middle.lines[0].get_ydata(), [5, 5])
+    assert list(lower.lines[0].get_ydata()) == [0.2, 0.2]
+
+
 def test_confusion_matrix_has_true_classes_in_rows():
     axes = figures.confusion_matrix(np.array([[5, 1], [0, 7]]), ["cat", "dog"], "a run").axes[0]
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {

@@ -63,6 +63,7 @@ def test_the_outcome_has_a_row_for_each_condition_and_says_what_to_type():
     out = io.StringIO()
     results = [RESULT | {"status": "FINISHED", "valid_acc": value} for value in (0.97, 0.98)]
     results += [{}, RESULT | {"status": "FAILED", "error": "out of memory"}]
+    results[0] |= {"notes": ["few steps"]}
     labels, names = ["bn=false", "bn=false", "bn=true", "bn=true"], ["0_a", "1_b", "2_c", "3_d"]
     failed = [False, False, True, True]
     print_outcome(
@@ -71,6 +72,17 @@ def test_the_outcome_has_a_row_for_each_condition_and_says_what_to_type():
     text = out.getvalue()
     assert "not finished" in text
     assert "0.9750 ± 0.0071" in text
+    assert "note: few steps (1 of 4 jobs)" in text
+    assert "clean" not in text
     assert "2_c  not run" in text
     assert "3_d  FAILED: out of memory" in text
     assert "go on     train -m sweep.resume=x\nnext      report sweep=x" in text
+
+
+def test_the_outcome_under_label_noise_counts_the_labels_without_it():
+    out = io.StringIO()
+    result = RESULT | {"status": "FINISHED", "train_acc_clean": 0.995, "gap_acc_clean": 0.025}
+    print_outcome(Console(file=out, width=120), ["0_a"], ["bn=false"], [result], [False], "resume", "report", None)
+    assert "0.9950" in out.getvalue()
+    assert "2.50" in out.getvalue()
+    assert "data.label_noise: train and gap count the labels without noise" in out.getvalue()

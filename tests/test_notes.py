@@ -55,3 +55,17 @@ def test_a_run_says_its_gap_with_the_interval_and_what_ended_it():
     assert "0.9650" in text
     lost = RunResult("r", "FAILED", 0, "c", "h", error="the loss is nan at step 3")
     assert notes.of_run(vars(lost)) == "**FAILED** the loss is nan at step 3"
+
+
+def test_a_run_under_label_noise_shows_its_gap_against_the_labels_without_it_and_its_notes():
+    values = {"train_acc": 0.7, "valid_acc": 0.97, "gap_acc": -0.27, "gap_acc_low": -0.3, "gap_acc_high": -0.25}
+    clean = {"train_acc_clean": 0.99, "gap_acc_clean": 0.02, "gap_acc_clean_low": 0.01, "gap_acc_clean_high": 0.03}
+    both = values | clean
+    result = RunResult("r", "FINISHED", 0, "c", "h", epochs=10, best=both | {"epoch": 7}, notes=["few *steps*"], **both)
+    text = notes.of_run(vars(result))
+    assert text.startswith(
+        "**Gap +2.00 pp [+1.00, +3.00]** after 10 epochs, with its 95 % interval, against the labels"
+    )
+    assert "| best valid&emsp; | 7&emsp; | 0.7000&emsp; | 0.9700&emsp; | -27.00&emsp; |" in text
+    assert "| best valid, clean labels&emsp; | 7&emsp; | 0.9900&emsp; | 0.9700&emsp; | +2.00&emsp; |" in text
+    assert text.endswith(r"Note: few \*steps\*")

@@ -6,6 +6,7 @@ import shutil
 import threading
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from gaplab.evaluation import Paired, evaluate
 from gaplab.export import best_network
 from gaplab.files import locked
 from gaplab.metrics import Gap, gap_change, paired_difference
-from gaplab.promotion import decide, promote
+from gaplab.promotion import _gap, decide, promote
 from gaplab.stats import mcnemar
 from gaplab.tracking import registry as module
 from gaplab.tracking.registry import Registry
@@ -385,3 +386,10 @@ def test_two_promotions_on_a_machine_follow_each_other(outputs, models, judge, m
         assert not entered.wait(0.3)
     assert entered.wait(60)
     second.join()
+
+
+def test_the_gate_compares_the_gaps_of_the_labels_without_label_noise():
+    best = {"gap_acc": -0.3, "gap_acc_low": -0.4, "gap_acc_high": -0.2}
+    clean = {"gap_acc_clean": 0.02, "gap_acc_clean_low": 0.01, "gap_acc_clean_high": 0.03}
+    assert _gap(SimpleNamespace(result={"best": best})) == Gap(-0.3, -0.4, -0.2)
+    assert _gap(SimpleNamespace(result={"best": best | clean})) == Gap(0.02, 0.01, 0.03)

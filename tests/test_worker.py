@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, composed
+from networks import Pretrained
 
+import gaplab
+from gaplab import config as configs
 from gaplab import launch, worker
 from gaplab.data.loader import EpochOrder
 from gaplab.errors import TrainingError, UserError
@@ -281,3 +284,35 @@ def test_the_times_of_a_run_add_up_and_are_shown_on_request(run, capsys):
     plain, _ = run()
     assert plain["condition"] == result["condition"]
     assert "where the time went" not in capsys.readouterr().out
+
+
+def test_a_users_pretrained_network_is_trained_as_it_was_built_and_its_frozen_part_stays(tmp_path, capsys):
+    own = ["model=custom", "model._target_=networks.Pretrained", "data.train_size=129", "optimizer.weight_decay=0.1"]
+    allowed = "allowed_targets=[gaplab,torch,torchvision,networks]"
+    launch.launch(gaplab.compose(*SMALL, f"paths.outputs={tmp_path}", *own, allowed), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "weights  as the network's constructor leaves them (model.init=default); 126 of 6,422 parameters" in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 2  # of 128 samples: BatchNorm of its own takes no mini-batch of one
+    assert result["notes"][0].startswith("few optimizer steps: after 2 mini-batches")
+    assert "note: few optimizer steps" in said.partition("epoch 1/2")[0]
+    as_built, trained = Pretrained((1, 28, 28), 10).backbone.state_dict(), weights(tmp_path / "run")
+    for name, value in as_built.items():
+        if name != "1.bias":  # drawn by the constructor
+            assert torch.equal(trained[f"network.body.backbone.{name}"], value), name
+
+
+def test_a_network_without_anything_to_train_is_refused(tmp_path):
+    own = ["model=custom", "model._target_=networks.Pretrained", "+model.kwargs.frozen=true"]
+    allowed = "allowed_targets=[gaplab,torch,torchvision,networks]"
+    with pytest.raises(UserError, match="model=custom: all of its parameters are frozen, there is nothing to train"):
+        launch.launch(gaplab.compose(*SMALL, f"paths.outputs={tmp_path}", *own, allowed), tmp_path / "run")
+
+
+def test_a_run_whose_splits_are_others_than_before_is_not_resumed(run):
+    _, folder = run("trainer.max_epochs=1")
+    kept = dict(np.load(folder / "splits.npz"))
+    np.savez(folder / "splits.npz", **kept | {"train": kept["train"] + 1})
+    with pytest.raises(UserError, match="trained on other samples than its config selects now"):
+        launch.launch(configs.load(folder / "config.yaml"), folder)
+    assert np.array_equal(np.load(folder / "splits.npz")["train"], kept["train"] + 1)

@@ -179,6 +179,14 @@ def evaluate(settings: Evaluate, typed: Sequence[str] = ()) -> Path:
             f"its classes have other names ({data.classes[0]} for {network.classes[0]}, …): what counts as right?"
         )
     found = answer(network, data.batches(settings.split))
+    part = data.splits[settings.split]
+    clean = part.source.labels[part.indices]
+    if noisy := int((clean != found.labels).sum()):
+        accuracy = float((found.probabilities.argmax(1) == clean).double().mean())
+        notes.append(
+            f"{noisy:,} of these labels are wrong (data.label_noise) and counted as they were trained on; against the "
+            f"labels without noise, the accuracy is {accuracy:.4f}"
+        )
     result = evaluation(found, network.classes)
     others = None if other is None else answer(other, data.batches(settings.split))
     paired = None if others is None else pair(others, found)

@@ -23,6 +23,7 @@ from gaplab.config import Config
 from gaplab.errors import UserError
 from gaplab.files import plain, read_json
 from gaplab.nn.build import Network, build_network
+from gaplab.notes import without_noise
 from gaplab.training.reader import read_checkpoint, sha256
 
 EXAMPLE = "example.npy"
@@ -157,16 +158,19 @@ def card(config: Config, facts: Facts, result: dict[str, Any]) -> str:
     """The model card, in Markdown: what it is, how good, how to call it, where it ends."""
     from jinja2 import Environment, FileSystemLoader
 
-    best = result.get("best") or {}
+    best = without_noise(result.get("best") or {})
+    labels = ", labels without label noise" if "gap_acc_clean" in best else ""
     known = {
-        "train accuracy": best.get("train_acc"),
+        f"train accuracy{labels}": best.get("train_acc"),
         "validation accuracy": best.get("valid_acc"),
         "test accuracy": result.get("test_acc"),
     }
     measured = {name: f"{value:.4f}" for name, value in known.items() if isinstance(value, float)}
     gap, low, high = (best.get(name) for name in ("gap_acc", "gap_acc_low", "gap_acc_high"))
     if isinstance(gap, float) and isinstance(low, float) and isinstance(high, float):
-        measured["overfitting gap, pp"] = f"{100 * gap:+.2f}, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
+        measured[f"overfitting gap, pp{labels}"] = (
+            f"{100 * gap:+.2f}, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
+        )
     settings = {
         name: configs.masked(plain(value)).replace("|", "/")
         for name, value in configs.flatten(config).items()

@@ -64,29 +64,33 @@ def _take_names_as_they_are(figure: Figure) -> None:
 def learning_curves(history: list[dict[str, float]], best: int, title: str) -> Figure:
     """Accuracy per epoch with the gap shaded, the gap with its interval, and the loss; `best` counts from 1.
 
-    Epochs whose train split was not evaluated have no train accuracy and no gap: lines join those that have.
+    Epochs whose train split was not evaluated have no train accuracy and no gap: lines join those that have. Under
+    label noise, train and gap count the labels without it.
     """
+    clean = "_clean" if "gap/acc_clean" in history[-1] else ""
+    labels = ", clean labels" if clean else ""
     epochs = np.arange(1, len(history) + 1)
-    measured = np.array([number for number, row in zip(epochs, history, strict=True) if "gap/acc" in row])
+    measured = np.array([number for number, row in zip(epochs, history, strict=True) if f"gap/acc{clean}" in row])
     column = {name: np.array([row[name] for row in history if name in row]) for name in history[-1]}
     figure = Figure(figsize=(7, 8), layout="constrained")
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
     marker = "o" if len(epochs) < 25 else None
-    valid = column["train/acc"] - column["gap/acc"]  # of the same epochs
-    upper.fill_between(measured, valid, column["train/acc"], color=GREY, alpha=0.2, label="overfitting gap")
-    upper.plot(measured, column["train/acc"], color=TRAIN, marker=marker, ms=3, label="train")
+    train = column[f"train/acc{clean}"]
+    valid = train - column[f"gap/acc{clean}"]  # of the same epochs
+    upper.fill_between(measured, valid, train, color=GREY, alpha=0.2, label="overfitting gap")
+    upper.plot(measured, train, color=TRAIN, marker=marker, ms=3, label=f"train{labels}")
     upper.plot(epochs, column["valid/acc"], color=VALID, marker=marker, ms=3, label="valid")
     upper.plot(epochs, column["train/acc_running"], color=TRAIN, lw=1, ls=":", label="train, running (not the gap's)")
     upper.axvline(best, color=GREY, lw=0.8, ls="--", label=f"best valid: epoch {best}")
     upper.set(ylabel="accuracy", title=title)
     upper.legend(loc="lower right", fontsize=8)
-    gap, low, high = (100 * column[name] for name in ("gap/acc", "gap/acc_low", "gap/acc_high"))
+    gap, low, high = (100 * column[f"gap/acc{clean}{end}"] for end in ("", "_low", "_high"))
     middle.fill_between(measured, low, high, color=GREY, alpha=0.2, label="95 % interval")
     middle.plot(measured, gap, color="black", marker=marker, ms=3)
     middle.axhline(0, color=GREY, lw=0.8)
-    middle.set(ylabel="gap, pp")
+    middle.set(ylabel=f"gap, pp{labels}")
     middle.legend(loc="upper left", fontsize=8)
-    lower.plot(measured, column["train/loss"], color=TRAIN, marker=marker, ms=3, label="train")
+    lower.plot(measured, column[f"train/loss{clean}"], color=TRAIN, marker=marker, ms=3, label=f"train{labels}")
     lower.plot(epochs, column["valid/loss"], color=VALID, marker=marker, ms=3, label="valid")
     lower.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
     lower.legend(loc="best", fontsize=8)

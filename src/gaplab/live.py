@@ -3,6 +3,7 @@
 import statistics
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,11 +16,13 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from gaplab.files import plain, read_json
+from gaplab.notes import without_noise
 from gaplab.terminal import Table
 from gaplab.tracking.journal import read_journal
 
 POLL_S = 0.5
 SHOWN_FAILURES = 8
+SHOWN_NOTES = 3
 
 
 class LiveView:
@@ -73,6 +76,7 @@ class LiveView:
         head = f"{len(self._results)}/{len(self._epochs)}  {folder.name}"
         if result["status"] != "FINISHED":
             return plain(f"{head}  {result['status']}: {result.get('error') or 'interrupted'}")
+        result = without_noise(result)
         return (
             f"{head}  train {result['train_acc']:.4f}  valid {result['valid_acc']:.4f}  "
             f"gap {100 * result['gap_acc']:+.2f} pp  {result['total_s']:.1f} s"
@@ -158,7 +162,7 @@ def print_outcome(
         table.add_column(heading, justify="right", no_wrap=True)
     for label in dict.fromkeys(labels):
         mine = [result for result, one in zip(results, labels, strict=True) if one == label]
-        done = [result for result in mine if result.get("status") == "FINISHED"]
+        done = [without_noise(result) for result in mine if result.get("status") == "FINISHED"]
         table.add_row(
             escape(label),
             str(len(done)),
@@ -167,6 +171,13 @@ def print_outcome(
                 ("train_acc", 4, 1), ("valid_acc", 4, 1), ("gap_acc", 2, 100), ("test_acc", 4, 1))),
         )  # fmt: skip
     console.print(table)
+    if any(result.get("gap_acc_clean") is not None for result in results):
+        console.print("data.label_noise: train and gap count the labels without noise", soft_wrap=True)
+    noted = Counter(note for result in results for note in result.get("notes", []))
+    for note, count in noted.most_common(SHOWN_NOTES):
+        console.print(f"note: {plain(note)} ({count} of {len(results)} jobs)", markup=False, soft_wrap=True)
+    if len(noted) > SHOWN_NOTES:
+        console.print(f"note: {len(noted) - SHOWN_NOTES} more notes in the result.json of the jobs", soft_wrap=True)
     bad = [(name, result) for name, result, lost in zip(names, results, failed, strict=True) if lost]
     for name, result in bad[:SHOWN_FAILURES]:
         why = f"{result.get('status')}: {result.get('error') or 'interrupted'}" if result else "not run"

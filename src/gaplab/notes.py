@@ -101,19 +101,33 @@ def counts(lost: Mapping[str, str], runs: int) -> str:
     return "\n".join(lines) + f"\n\n{code('python src/report.py')} compares its conditions."
 
 
+def without_noise(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `result.json`, or its `best`, holds, the train split counted against its labels without label noise."""
+    clean = {name: value for name, value in values.items() if "_clean" in name and value is not None}
+    return {**values, **{name.replace("_clean", ""): value for name, value in clean.items()}}
+
+
 def of_run(result: Mapping[str, Any]) -> str:
     """What a single run came to, from what its `result.json` holds."""
     status, best = result["status"], result["best"]
     parts = [] if status == "FINISHED" else [f"**{status}** {escaped(result['error'] or '')}".strip()]
     if best and result["gap_acc"] is not None:
-        gap = f"{100 * result['gap_acc']:+.2f} pp [{_interval(result)}]"
-        parts.append(f"**Gap {gap}** after {result['epochs']} epochs, with its 95 % interval.")
+        clean = without_noise(result)
+        against = ", against the labels without label noise" if result.get("gap_acc_clean") is not None else ""
+        gap = f"{100 * clean['gap_acc']:+.2f} pp [{_interval(clean)}]"
+        parts.append(f"**Gap {gap}** after {result['epochs']} epochs, with its 95 % interval{against}.")
         rows = [
             ["last epoch", str(result["epochs"]), *_row(result), "–"],
             ["best valid", f"{best['epoch']:g}", *_row(best), _number(result["test_acc"])],
         ]
+        if against:
+            rows += [
+                ["last epoch, clean labels", rows[0][1], *_row(clean), "–"],
+                ["best valid, clean labels", rows[1][1], *_row(without_noise(best)), rows[1][-1]],
+            ]
         parts.append(table(["", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"], rows))
         parts.append(f"{result['params']:,} parameters, {result['fit_s']:.1f} s on {escaped(result['device'])}")
+    parts += [f"Note: {escaped(note)}" for note in result.get("notes", [])]
     return "\n\n".join(parts)[:LONGEST]
 
 

@@ -16,6 +16,7 @@ from gaplab.errors import UserError
 from gaplab.files import locked, plain
 from gaplab.machine import command
 from gaplab.metrics import Gap, gap_change
+from gaplab.notes import without_noise
 from gaplab.terminal import Table
 from gaplab.tracking.registry import Registry, Version
 
@@ -204,6 +205,7 @@ def register(models: Registry, settings: Promote, typed: Sequence[str]) -> Versi
     version = models.add(model_id, run.run_id, _description(run.config, run.name))
     best = run.result.get("best") or {}
     figures = {"test/acc": run.result.get("test_acc"), "gap/acc": best.get("gap_acc")}
+    figures["gap/acc_clean"] = best.get("gap_acc_clean")
     known = {name: f"{value:.6f}" for name, value in figures.items() if isinstance(value, float)}
     models.describe(version, {"run": plain(run.name)} | known)
     return version
@@ -277,7 +279,7 @@ def _compare(one: "Trained", other: "Trained", version: Version, against: int, s
 
 
 def _gap(model: "Trained") -> Gap | None:
-    best = model.result.get("best") or {}
+    best = without_noise(model.result.get("best") or {})
     values = [float(best[name]) for name in ("gap_acc", "gap_acc_low", "gap_acc_high") if name in best]
     return Gap(*values) if len(values) == 3 else None
 
@@ -292,7 +294,7 @@ def _list(console: Console, models: Registry, typed: Sequence[str]) -> None:
         table.add_column(heading)
     for one in versions:
         tags = one.tags
-        test, gap = (_number(tags.get(name)) for name in ("test/acc", "gap/acc"))
+        test, gap = map(_number, (tags.get("test/acc"), tags.get("gap/acc_clean", tags.get("gap/acc"))))
         back = ", rolled back" if tags.get("gate.rolled_back") == "true" else ""
         cells = (
             str(one.number),

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from gaplab.config import Config, run_name
-from gaplab.files import write_whole
+from gaplab.files import plain, write_whole
+from gaplab.metrics import Score, wilson
+from gaplab.notes import without_noise
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+COLD = 0.01  # share of a running statistic's initial value that is worth a note
+Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass
@@ -56,6 +62,7 @@ class RunResult:
     test_loss: float | None = None
     diverged: bool = False
     error: str | None = None
+    notes: list[str] = field(default_factory=list)  # what `cautions` found
     times: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -99,6 +106,50 @@ RESULT_NAMES = {
 }  # fmt: skip
 
 
+def cautions(
+    result: RunResult,
+    classes: Sequence[str],
+    counts: Mapping[str, Sequence[int]],
+    momentum: float | None,
+    batches: int,
+) -> list[str]:
+    """Why the accuracies of a run may mean less than they seem to, a line each.
+
+    Args:
+        result: of the run; its accuracies are None before it is trained.
+        classes: names of the K classes.
+        counts: {split: samples of each class, (K,)}.
+        momentum: the smallest of its BatchNorm layers; None without one whose running statistics move.
+        batches: mini-batches that it is trained on, over all epochs.
+    """
+    notes = []
+    if momentum is not None and (cold := (1 - momentum) ** batches) > COLD:
+        notes.append(
+            f"few optimizer steps: after {batches} mini-batches, BatchNorm's running statistics (momentum "
+            f"{momentum:g}) still hold {100 * cold:.0f} % of their initial values, and accuracies may be far too low; "
+            "use a smaller data.batch_size, more trainer.max_epochs or a larger model.bn_momentum"
+        )
+    for split, samples in counts.items():
+        absent = [plain(name) for name, number in zip(classes, samples, strict=True) if not number]
+        if absent:
+            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+            notes.append(f"the {split} split has no sample of {', '.join(absent[:3])}{more}")
+    usual = max(range(len(classes)), key=lambda label: counts["train"][label])
+    for split, accuracy in (("valid", result.valid_acc), ("test", result.test_acc)):
+        if accuracy is None or split not in counts:
+            continue
+        total = sum(counts[split])
+        majority = counts[split][usual] / total
+        low, _ = wilson(Score(round(accuracy * total), total, 0.0), Z)
+        if low <= majority:
+            compared = "no higher than" if accuracy <= majority else "not distinguishable from"
+            notes.append(
+                f"{split} accuracy {accuracy:.4f} is {compared} {majority:.4f}, which a network that always answers "
+                f"{plain(classes[usual])}, the largest class, reaches"
+            )
+    return notes
+
+
 def print_summary(console: Console, result: RunResult, config: Config) -> None:
     """The table at the end of a run, and what to type next."""
     from rich import box
@@ -108,16 +159,18 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
 
     last = asdict(result)
     best = last["best"]
+    noisy = result.gap_acc_clean is not None
     table = Table(title=escape(run_name(config)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("", "epoch", "train", "valid", "gap, pp", "95 % interval", "test"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for label, row, epoch, test in (
-        ("best valid", best, best["epoch"], result.test_acc),
-        ("last epoch", last, result.epochs, None),
-    ):
+    rows = [("best valid", best, str(best["epoch"]), result.test_acc), ("last epoch", last, str(result.epochs), None)]
+    if noisy:
+        rows[1:1] = [("clean labels", without_noise(best), "", None)]
+        rows += [("clean labels", without_noise(last), "", None)]
+    for label, row, epoch, test in rows:
         table.add_row(
             label,
-            str(epoch),
+            epoch,
             f"{row['train_acc']:.4f}",
             f"{row['valid_acc']:.4f}",
             f"{100 * row['gap_acc']:+.2f}",
@@ -125,6 +178,14 @@ def print_summary(console: Console, result: RunResult, config: Config) -> None:
             "" if test is None else f"{test:.4f}",
         )
     console.print(table)
+    if noisy:
+        console.print(
+            f"data.label_noise={config.data.label_noise:g}: train and gap count the labels that the network is trained "
+            'on; those of "clean labels" count the labels without noise',
+            soft_wrap=True,
+        )
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     batchnorm = f", BatchNorm {result.batchnorm}" if result.batchnorm else ""
     console.print(
         f"{result.epochs} epochs, {result.fit_s:.1f} s of training and measuring, "

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from matplotlib.figure import Figure
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gaplab import config as configs
@@ -32,9 +33,9 @@ from gaplab.metrics import Score
 from gaplab.nn.blocks import ACTIVATION_CLASSES
 from gaplab.nn.build import Network, build_network
 from gaplab.nn.footprint import Footprint, footprint
-from gaplab.nn.init import lsuv_
+from gaplab.nn.init import described, lsuv_
 from gaplab.ranks import ALONE, Ranks
-from gaplab.result import RESULT_NAMES, RunResult
+from gaplab.result import RESULT_NAMES, RunResult, cautions
 from gaplab.run import Run
 from gaplab.seeding import derive_seed
 from gaplab.tracking.journal import read_journal
@@ -181,14 +182,32 @@ def prepare(run: Run, ranks: Ranks = ALONE, sources: Sources | None = None) -> t
         np.save(folder / "example.npy", data.sample("valid", 2).cpu().numpy())  # what its model takes
     with result.timed("network"):
         network = initial_network(config, data)
+    if not config.model.bn and any(isinstance(one, _BatchNorm) and one.training for one in network.modules()):
+        data.fit_batchnorm(True)  # a user's network may bring its own
     if ranks.rank:  # dropout is each process's own; whatever is drawn before this is the same in all
         torch.manual_seed(derive_seed(config.seed, "rank", ranks.rank))
     result.params = sum(parameter.numel() for parameter in network.parameters())
+    if ranks.rank == 0:
+        run.console.print(f"weights  {described(network.body, config.model.init)}", markup=False, soft_wrap=True)
+        for note in _cautions(result, data, network, config.trainer.max_epochs):
+            run.console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if result.params and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"model={config.model.name}: all of its parameters are frozen, there is nothing to train")
     sizes = {name: len(part.indices) for name, part in data.splits.items()} | {"classes": len(data.classes)}
     tracker.params({name: configs.masked(str(value)) for name, value in configs.flatten(config).items()})
     tracker.dataset(config.data.name, digest, config.data.root, sizes)
     tracker.tags({"params": str(result.params)})
     return data, network, digest
+
+
+def _cautions(result: RunResult, data: DataModule, network: Network, epochs: int) -> list[str]:
+    labels = {split: part.source.labels[part.indices] for split, part in data.splits.items()}
+    counts = {split: found.bincount(minlength=len(data.classes)).tolist() for split, found in labels.items()}
+    norms = [
+        one for one in network.modules() if isinstance(one, _BatchNorm) and one.training and one.track_running_stats
+    ]
+    momentum = min((one.momentum for one in norms if one.momentum is not None), default=None)
+    return cautions(result, data.classes, counts, momentum, epochs * data.batches_per_epoch)
 
 
 def data_cache(config: Config) -> Path:
@@ -232,6 +251,7 @@ def conclude(
     record(result, measured)
     with result.timed("test"), forward():
         drawings = _test(config, data, network, measured, result)
+    result.notes = _cautions(result, data, network, result.epochs)
     summary = _summary(result)
     if looks is not None:
         if looks.history and config.figures:

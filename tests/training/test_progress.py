@@ -46,3 +46,9 @@ def test_a_narrow_terminal_sees_whole_numbers():
     text = shown(terminal=True, width=40)
     assert "epoch 2/2 valid 0.9500  gap +4.00 pp" in text
     assert "…" not in text
+
+
+def test_under_label_noise_an_epoch_shows_train_and_gap_of_the_clean_labels():
+    train = Score(700, 1000, 1.5, clean=Score(980, 1000, 0.1))
+    text = shown(terminal=False, epoch=replace(EPOCH, train=train))
+    assert text.startswith("epoch 1/2  loss 1.5000  train 0.9800 (clean labels)  valid 0.9500  gap +3.00 pp [")

@@ -33,6 +33,8 @@ MEANING = {
     "`gap/acc_pp`": "the overfitting gap, `train/acc − valid/acc`, in percentage points (pp); `gap/acc_low_pp` and "
     "`gap/acc_high_pp` are its 95 % interval. `gap/acc` and the others without `_pp` are the same as fractions",
     "`data`": "the data set and how many samples each split has: compare gaps of runs on the same data alone",
+    "`train/acc_clean`, `gap/acc_clean`": "under `data.label_noise`: counted against the labels without noise, where "
+    "`train/acc` and `gap/acc` count the labels that the network is trained on",
     "`test/acc`": "read once, at the end, with the weights of the epoch that has the best `valid/acc`",
     "`best/…`": "the same figures, of that epoch",
     "`train/acc_running`": "what most tools call train accuracy: averaged over the mini-batches of an epoch while the "

@@ -32,7 +32,10 @@ WEIGHTS = "gaplab.weights"  # tag of a logged model: SHA-256 of the checkpoint t
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS = "gaplab.champions"  # tag of the registered model: the versions that were champion, the newest last
 OWN_NAME = "gaplab.name"  # tag of the registered model: the name that it was made with
-SHOWN = ("train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/acc_pp", "valid/loss", "test/acc")
+SHOWN = (
+    "train/acc", "valid/acc", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/acc_pp", "train/acc_clean",
+    "gap/acc_clean", "gap/acc_clean_low", "gap/acc_clean_high", "valid/loss", "test/acc",
+)  # fmt: skip
 
 
 def log_model(

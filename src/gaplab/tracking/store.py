@@ -11,7 +11,7 @@ from gaplab.tracking.environment import settle
 
 # a person waits: a server that does not answer is told of within 10 s
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-CURVES = ("train/acc", "valid/acc", "gap/acc", "train/acc_running")
+CURVES = ("train/acc", "valid/acc", "gap/acc", "train/acc_running", "train/acc_clean", "gap/acc_clean")
 
 
 def connect(uri: str) -> Any:

@@ -55,10 +55,12 @@ class ProgressBar(Callback):
         loss = interval = ""
         self._epoch_line = f"valid {epoch.valid.acc:.4f}"
         if epoch.train is not None:
-            found = gap(epoch.train, epoch.valid)
+            train = epoch.train.clean or epoch.train
+            found = gap(train, epoch.valid)
             loss = f"  loss {epoch.train.loss:.4f}"
             interval = f" [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-            self._epoch_line = f"train {epoch.train.acc:.4f}  {self._epoch_line}  gap {100 * found.acc:+.2f} pp"
+            labels = " (clean labels)" if epoch.train.clean else ""
+            self._epoch_line = f"train {train.acc:.4f}{labels}  {self._epoch_line}  gap {100 * found.acc:+.2f} pp"
         if not self._console.is_terminal:
             self._console.print(
                 f"epoch {epoch.number}/{max_epochs}{loss}  {self._epoch_line}{interval}  {epoch.epoch_s:.1f} s",
