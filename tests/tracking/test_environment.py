@@ -56,6 +56,17 @@ def test_this_machine_is_reached_without_a_proxy(given: dict[str, str], wanted: 
     assert [settled(given)[name] for name in ("no_proxy", "NO_PROXY")] == [wanted] * 2
 
 
+def test_a_user_without_a_home_gets_one(monkeypatch, tmp_path):
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    assert "HOME" not in settled({})  # of a user with a name, who is found by it
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert settled({})["HOME"] == str(tmp_path)
+
+
 def test_a_proxy_does_not_stand_before_a_server_of_this_machine(monkeypatch):
     environment = os.environ.copy() | {"http_proxy": "http://127.0.0.1:9", "MLFLOW_REGISTRY_URI": "x"}
     for name in ("no_proxy", "NO_PROXY"):

@@ -76,7 +76,7 @@ def test_a_person_sees_epochs_table_and_what_to_type_next(finished):
     low, high = (f"{100 * result['best'][f'gap_acc_{end}']:+.2f}" for end in ("low", "high"))
     assert f"[{low}, {high}]" in done.stdout
     assert "model.bn=false    (compare)" in done.stdout
-    assert "python src/ui.py paths.outputs=" in done.stdout
+    assert "src/ui.py paths.outputs=" in done.stdout
     assert done.stderr == ""
 
 

@@ -7,6 +7,7 @@ store. `FIXED` are set, and every other `MLFLOW_…` is removed. docs/faults.md 
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def settled(given: Mapping[str, str]) -> dict[str, str]:
     excepted = [name.strip() for name in (given.get("no_proxy") or given.get("NO_PROXY") or "").split(",")]
     if excepted != ["*"]:
         excepted = list(dict.fromkeys([*filter(None, excepted), *LOOPBACK]))
+    if os.path.expanduser("~") == "~":  # neither HOME nor a passwd entry: MLflow would not start
+        kept["HOME"] = tempfile.gettempdir()
     return kept | FIXED | dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(excepted))
 
 
