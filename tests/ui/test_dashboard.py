@@ -279,7 +279,7 @@ def test_the_charts_of_train_valid_and_gap_come_first_as_means_over_seeds(page: 
 
     def lines() -> bool:
         found = charts(page)[:3]
-        return [name for name, _, _ in found] == ["train/acc", "valid/acc", "gap/acc"] and all(
+        return [name for name, _, _ in found] == ["train/acc", "valid/acc", "gap/acc_pp"] and all(
             count >= arms for _, count, _ in found
         )
 
@@ -293,7 +293,7 @@ def test_the_charts_of_train_valid_and_gap_come_first_as_means_over_seeds(page: 
         for section in page.all("[data-testid='experiment-view-compare-runs-section-header']")[1:2]:
             page.driver.execute_script("arguments[0].scrollIntoView()", section)
         found = [name for name, _, count in charts(page) if count == arms]
-        return found == ["test/acc", "valid/acc", "gap/acc"]
+        return found == ["test/acc", "valid/acc", "gap/acc_pp"]
 
     page.until("the bars", bars)
 

@@ -44,7 +44,8 @@ MEANING = {
 }
 COLUMNS = (
     "metrics.`train/acc`", "metrics.`valid/acc`", "metrics.`gap/acc_pp`", "metrics.`test/acc`",
-    "tags.`data`", "params.`model.bn`", "params.`model.dropout`", "params.`model.init`", "params.`seed`",
+    "params.`model.bn`", "params.`model.dropout`", "params.`model.init`", "params.`seed`",
+    "tags.`data`",
 )  # fmt: skip
 WIDTHS = {
     "attributes.`Run Name`": 240,
@@ -52,11 +53,11 @@ WIDTHS = {
     "metrics.`valid/acc`": 95,
     "metrics.`gap/acc_pp`": 105,
     "metrics.`test/acc`": 95,
-    "tags.`data`": 250,
     "params.`model.bn`": 90,
     "params.`model.dropout`": 125,
     "params.`model.init`": 125,
     "params.`seed`": 70,
+    "tags.`data`": 250,
 }
 GROUPED_BY = ("arm", "data", "sweep", "condition")  # tags; the first two are for people
 MATTER, END = "Train, valid and gap", "Test, valid and gap at the end"
