@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gaplab import config as configs
-from gaplab import interrupt, launch
+from gaplab import interrupt, launch, torchrun
 from gaplab.config import PROJECT, describe, did_you_mean
 from gaplab.errors import TrainingError, UserError
 from gaplab.files import plain
@@ -188,7 +188,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
         _leave(report(error))
     except interrupt.Interrupted as stop:
         with suppress(OSError):
-            print("interrupted", file=sys.stderr, flush=True)
+            if not torchrun.is_follower():
+                print("interrupted", file=sys.stderr, flush=True)
         _leave(stop.exit_status)
     except SystemExit as end:
         if not isinstance(end.code, int | None):  # Python prints it
@@ -208,6 +209,8 @@ def _obey(name: str, job: Callable[[Any], None]) -> None:
     parser.error = _refuse_word  # type: ignore[assignment]
     given = parser.parse_intermixed_args()
     options = [word for word in sys.argv[1:] if word not in given.overrides]
+    if name == "train":
+        given.overrides += torchrun.overrides_of_outside(given.overrides, given.multirun)
     given.overrides = [as_hydra_reads(word, name, given.multirun) for word in given.overrides]
     sys.argv[1:] = words = options + given.overrides  # Hydra wants its own options on one side of the overrides
     check_words(words)
@@ -355,7 +358,10 @@ def help_text(name: str, given: Any) -> str:
 
 def report(error: Exception) -> int:
     """Print `error` as one line; the exit status for it."""
-    print(f"error: {plain(explain(error))}", file=sys.stderr)
+    if not torchrun.is_follower():
+        print(f"error: {plain(explain(error))}", file=sys.stderr)
+    elif os.environ["LOCAL_RANK"] == "0":  # of another machine than the first rank's, which may lack what that one has
+        print(f"error: rank {os.environ['RANK']}: {plain(explain(error))}", file=sys.stderr)
     return 1 if isinstance(error, TrainingError) else 2
 
 

@@ -36,10 +36,18 @@ def main(config: Config, typed: list[str]) -> Path | None:
     refuse(config, typed)
     if config.resume is not None:
         return resume(config, typed)
+    return _begin(config, None)
+
+
+def _begin(config: Config, folder: Path | None) -> Path | None:
+    """Launch the run, or take part in one that another process keeps."""
+    if torchrun.is_follower():
+        torchrun.follow(config)
+        return None
     if config.trainer.node_rank:
         torchrun.join(config)
         return None
-    folder = _make_folder(config, None)
+    folder = folder or _make_folder(config, None)
     launch(config, folder)
     return folder
 
@@ -47,7 +55,6 @@ def main(config: Config, typed: list[str]) -> Path | None:
 def refuse(config: Config, typed: list[str]) -> None:
     """Raises UserError for what `main` cannot do, as far as that is known before anything is imported or made."""
     _refuse_sweep_words(config, typed)
-    _refuse_torchrun()
     if config.resume is None:
         check_root(config.data)
     else:
@@ -59,7 +66,9 @@ def launch(config: Config, folder: Path | None = None, in_sweep: bool = False, c
     with opened(config, folder, in_sweep, condition) as run:
         if not in_sweep:
             recover(configs.folder("paths.outputs", config.paths.outputs), config.tracking)
-        if configs.world_size(config.trainer) > 1:
+        if torchrun.is_outside():
+            torchrun.lead(run)
+        elif configs.world_size(config.trainer) > 1:
             output = run.folder / "console.log" if in_sweep else None
             torchrun.run(config, run.folder, run.result, run.started, output)
         else:
@@ -225,11 +234,7 @@ def resume(wanted: Config, typed: list[str]) -> Path | None:
     if result.get("status") == "FINISHED":
         print(f"{configs.run_name(config)}  in {folder} is finished")
         return None
-    if config.trainer.node_rank:
-        torchrun.join(config)
-        return None
-    launch(config, folder)
-    return folder
+    return _begin(config, folder)
 
 
 def _resumed(wanted: Config, typed: list[str]) -> tuple[Path, Config]:
@@ -271,14 +276,6 @@ def _refuse_sweep_words(config: Config, typed: list[str]) -> None:
     claim = next((word for word in typed if word.startswith("claim=") and word != "claim=null"), None)
     if claim or config.sweep.resume or config.sweep.dry_run:
         raise UserError(f"{claim or 'sweep.resume and sweep.dry_run'}: said of a sweep; add -m")
-
-
-def _refuse_torchrun() -> None:
-    """Each of its processes would begin a run of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "LOCAL_RANK" in os.environ:
-        raise UserError(
-            f"torchrun: gaplab starts it by itself; {command('train')} trainer.devices=… trainer.num_nodes=…"
-        )
 
 
 def check_root(data: Data) -> None:

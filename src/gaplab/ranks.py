@@ -4,6 +4,8 @@
 torch.distributed is not touched.
 """
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from torch import Tensor
 from gaplab.errors import TrainingError
 
 T = TypeVar("T")
+FAILED = "failed"  # key of the store under which a rank that torchrun or srun started says why it ends
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class Ranks:
             return
         self.store.set(f"{place}/{self.rank}", "")
         here = [f"{place}/{rank}" for rank in range(self.size)]
-        try:
-            self.store.wait(here, self.patience)
-        except RuntimeError:
+        begun, patience = time.monotonic(), self.patience.total_seconds()
+        while not self.store.check(here):
+            if self.store.check([FAILED]):
+                raise TrainingError(f"another rank failed before it came to {place}")
+            if time.monotonic() - begun < patience:
+                with suppress(RuntimeError):
+                    self.store.wait(here, timedelta(seconds=min(1.0, patience)))
+                continue
             late = ", ".join(f"rank {rank}" for rank, name in enumerate(here) if not self.store.check([name]))
             waited = f"waited {self.patience.total_seconds():g} s for {late}"
-            raise TrainingError(f"{waited} ({place}; trainer.join_timeout_s)") from None
+            raise TrainingError(f"{waited} ({place}; trainer.join_timeout_s)")
 
     def share(self, samples: Tensor) -> Tensor:
         """This process's part of (N, …): (n, …), contiguous, the parts' sizes differing by one at most."""

@@ -36,6 +36,7 @@ from gaplab.errors import DivergenceError, TrainingError, UserError
 from gaplab.files import explain_disk, plain, read_json, write_whole
 from gaplab.machine import uncollected
 from gaplab.result import RunResult
+from gaplab.run import Run
 
 POLL_S = 0.05
 GRACE_S = 3.0  # that the other ranks have after a first one failed
@@ -43,6 +44,7 @@ STOP_WAIT_S = 30.0  # for a checkpoint, after a signal
 PR_SET_PDEATHSIG = 1  # prctl.h
 SIOCGIFADDR = 0x8915  # sockios.h
 TORCHRUN_WORDS = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "NODE_RANK")
+OUTSIDE = "GAPLAB_LAUNCHED_BY"
 ERRORS = {kind.__name__: kind for kind in (UserError, TrainingError, DivergenceError)}
 
 
@@ -152,6 +154,139 @@ def _silent(config: Config, heard: set[int]) -> str:
     ranks = [f"rank {rank}" for rank in range(first, first + settings.devices) if rank not in heard]
     others = [f"machine {machine}" for machine in range(settings.num_nodes) if machine != settings.node_rank]
     return " or ".join(ranks or others) or "a rank"
+
+
+# ---- in a rank that torchrun or srun started from outside
+
+
+def overrides_of_outside(typed: list[str], multirun: bool) -> list[str]:
+    """The overrides that fit a run to the ranks that torchrun or srun has started, of which this process is one; none
+    elsewhere. Sets what torch.distributed reads from the environment.
+
+    Under srun, `trainer.num_nodes` typed beside it keeps its meaning: one task a machine, whose devices gaplab starts.
+    Raises UserError.
+    """
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE") or 1) > 1 and {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= environment.keys():
+        launcher, local = "torchrun", environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not any(
+        "trainer.num_nodes=" in one for one in typed
+    ):
+        launcher, local = "srun", _take_srun_for_torchrun()
+    else:
+        return []
+    environment[OUTSIDE] = launcher
+    if multirun:
+        raise UserError(f"-m under {launcher}: each rank would run the whole sweep; {launcher} is for single runs")
+    world = int(environment["WORLD_SIZE"])
+    devices = {"trainer.devices": int(local), "trainer.num_nodes": world // int(local)}
+    if world % int(local):
+        raise UserError(f"{launcher}: {world} ranks, {local} of them on this machine; each machine needs as many")
+    for word in typed:
+        name, _, value = word.partition("=")
+        if name in devices and value != str(devices[name]):
+            raise UserError(f"{word}: {launcher} started {world} ranks, {local} a machine; leave {name} out")
+    if devices["trainer.num_nodes"] > 1:
+        endpoint = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        rank = int(environment["RANK"]) // int(local)
+        devices |= {"trainer.rdzv_endpoint": endpoint, "trainer.node_rank": rank}  # type: ignore[dict-item]
+    return [f"{name}={value}" for name, value in devices.items() if f"{name}={value}" not in typed]
+
+
+def _take_srun_for_torchrun() -> str:
+    """Set torchrun's variables from those of a Slurm step; the number of ranks on this machine."""
+    environment = os.environ
+    nodes = environment["SLURM_STEP_NODELIST"]
+    first = "127.0.0.1"
+    if int(environment.get("SLURM_STEP_NUM_NODES") or 1) > 1:
+        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+        if not found.stdout:
+            raise UserError(f"srun: {nodes}: scontrol does not resolve these names ({plain(found.stderr.strip())})")
+        first = found.stdout.split()[0]
+    counts = set(re.sub(r"\(x\d+\)", "", environment["SLURM_STEP_TASKS_PER_NODE"]).split(","))
+    if len(counts) > 1:
+        raise UserError(f"srun: {environment['SLURM_STEP_TASKS_PER_NODE']} tasks; each machine needs as many")
+    local, number = counts.pop(), environment["SLURM_LOCALID"]
+    if configs.cuda_devices() == 1 and int(local) > 1:  # --gpus-per-task=1: a rank sees its own GPU alone
+        local, number = "1", "0"
+    step = int(environment["SLURM_JOB_ID"]) * 8 + int(environment.get("SLURM_STEP_ID") or 0)
+    environment |= {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": str(int(environment["SLURM_PROCID"]) // int(local)),
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20_000 + step % 12_000),  # below those that Linux gives to clients
+    }
+    return local
+
+
+def is_outside() -> bool:
+    """Whether this process is a rank that torchrun or srun started."""
+    return OUTSIDE in os.environ
+
+
+def is_follower() -> bool:
+    """Whether this is such a rank, and another one keeps the run and speaks to people."""
+    return is_outside() and os.environ["RANK"] != "0"
+
+
+@contextmanager
+def outside(config: Config) -> Iterator[Any]:
+    """The group of those ranks."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    with _group(config, int(os.environ["RANK"])) as ranks:
+        yield ranks
+
+
+@contextmanager
+def error_named(ranks: Any, folder: Path) -> Iterator[None]:
+    """Where a rank fails, the others raise TrainingError with its number and what it met."""
+    from gaplab.ranks import FAILED
+
+    try:
+        yield
+    except BaseException as error:
+        own = None if isinstance(error, interrupt.Interrupted) else _described(error, ranks.rank, folder)
+        if own and own["kind"] != "Lost":
+            first = ranks.store.compare_set(FAILED, "", json.dumps(own))
+        else:
+            first = ranks.store.get(FAILED) if ranks.store.check([FAILED]) else b""
+        failure = json.loads(first) if first else None
+        if failure is None or (own and failure["rank"] == ranks.rank and own["kind"] != "Lost"):
+            raise
+        raise ERRORS.get(failure["kind"], TrainingError)(f"rank {failure['rank']}: {failure['message']}") from None
+
+
+def lead(run: Run) -> None:
+    """Be the first rank of such a run, which keeps it. Raises as `run` does."""
+    with outside(run.config) as ranks:
+        ranks.everyones(str(run.folder))
+        with error_named(ranks, run.folder), run.result.timed("imports"):
+            from gaplab import worker
+        with error_named(ranks, run.folder):
+            worker.train(run, ranks)
+
+
+def follow(config: Config) -> None:
+    """Be a rank other than the first of a run that torchrun or srun started. Raises as `run` does."""
+    from rich.console import Console
+
+    from gaplab.tracking.journal import Tracker
+
+    with outside(config) as ranks, open(os.devnull, "w") as nowhere:
+        folder = Path(ranks.everyones(None)[0])
+        result = RunResult("", "RUNNING", config.seed, "", "")
+        try:
+            with error_named(ranks, folder):
+                from gaplab import worker
+
+                run = Run(config, folder, Tracker.of_rank(None), result, time.perf_counter(), Console(file=nowhere))
+                worker.train(run, ranks)
+        except Exception as error:  # the first rank names it
+            sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 # ---- in the agent's process
@@ -290,7 +425,6 @@ def _rank(scratch: Path) -> int:
 def _run_rank(config: Config, folder: Path, scratch: Path, job: dict[str, Any], ranks: Any) -> None:
     from rich.console import Console
 
-    from gaplab.run import Run
     from gaplab.tracking.journal import Tracker
 
     is_first = ranks.rank == 0
