@@ -1,14 +1,20 @@
 """Engines of a sweep where they are not installed; what they do where they are is in tests/cluster."""
 
+import multiprocessing
+import os
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import assert_refused, train_py
+from conftest import assert_refused, composed, train_py
 from hydra import compose, initialize_config_dir
+from joblib import Parallel, delayed
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from gaplab import config as configs
-from gaplab import worker
+from gaplab import machine, sweep, worker
+from hydra_plugins import gaplab_fused, gaplab_ray
 
 REFUSED = {
     "hydra/launcher=ray": "hydra/launcher=ray: Ray is not installed; install it with pip install -e '.[ray]'",
@@ -46,3 +52,50 @@ def test_a_slurm_job_is_no_rank_of_lightnings(run, monkeypatch):
     result, _ = run("trainer.max_epochs=1")
     assert result["status"] == "FINISHED"
     assert isinstance(seen[0]._accelerator_connector.cluster_environment, LightningEnvironment)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A copy of the environment variables, with two GPUs to be seen."""
+    monkeypatch.setattr(os, "environ", dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "4,7"})
+    return os.environ
+
+
+def test_the_processes_of_a_sweep_take_the_gpus_in_turn(environment, monkeypatch):
+    machine.share_gpus(2)
+    seen = []
+    for name in ("LokyProcess-1", "LokyProcess-2", "LokyProcess-3", "MainProcess"):
+        environment["CUDA_VISIBLE_DEVICES"] = "4,7"
+        monkeypatch.setattr(machine.multiprocessing, "current_process", lambda name=name: SimpleNamespace(name=name))
+        machine.take_a_gpu()
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["7", "4", "7", "4,7"]
+
+
+def test_the_processes_of_joblib_have_numbers():
+    def name():
+        return multiprocessing.current_process().name
+
+    assert all(one.rpartition("-")[2].isdecimal() for one in Parallel(2, "loky")(delayed(name)() for _ in range(4)))
+
+
+def test_a_sweep_shares_gpus_unless_its_jobs_take_several(environment, monkeypatch):
+    monkeypatch.setattr(configs, "cuda_devices", lambda: 2)
+    launcher = SimpleNamespace(launch=lambda *_, **__: [])
+    one, two = composed(), composed("data.batch_size=64")
+    two.trainer.devices = 2
+    sweep._launch(launcher, [])
+    jobs = [SimpleNamespace(folder=Path(), config=one), SimpleNamespace(folder=Path(), config=two)]
+    for waiting, shared in ((jobs, None), (jobs[:1], "4,7")):
+        with suppress(ValueError):  # the launcher returns nothing
+            sweep._launch(launcher, waiting)
+        assert environment.get(machine.GPUS) == shared
+    assert gaplab_fused._processes([one, one, one]) == 2
+
+
+def test_a_ray_job_that_asked_for_no_gpu_sees_none(environment, monkeypatch):
+    monkeypatch.setattr(sweep, "run_saved", lambda folder: None)
+    gaplab_ray._run("a job", without_gpu=False)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "4,7"
+    gaplab_ray._run("a job", without_gpu=True)
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""

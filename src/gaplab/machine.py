@@ -1,6 +1,7 @@
 """What this machine has, and how to spare it work."""
 
 import gc
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+GPUS = "GAPLAB_GPUS"  # the names of those that a sweep's processes share
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -37,6 +39,19 @@ def command(name: str, *words: str) -> str:
 def from_here(path: Path) -> str:
     """`path` as short as it can be typed: relative where it lies below the working folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def share_gpus(count: int) -> None:
+    """Have the processes that this one starts, each by `take_a_gpu`, share the `count` GPUs that it sees."""
+    os.environ[GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+
+
+def take_a_gpu() -> None:
+    """Have a process of joblib's, before it uses any GPU, see only its own among those that `share_gpus` named."""
+    gpus = os.environ.get(GPUS, "").split(",")
+    number = multiprocessing.current_process().name.rpartition("-")[2]
+    if len(gpus) > 1 and number.isdecimal():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(number) % len(gpus)]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from gaplab.errors import TrainingError, UserError
 from gaplab.files import held, plain, read_json, refuse_links, write_whole
 from gaplab.finder import find_sweep
 from gaplab.live import LiveView, print_jobs, print_outcome
-from gaplab.machine import command, uncollected, usable_cores
+from gaplab.machine import command, share_gpus, take_a_gpu, uncollected, usable_cores
 from gaplab.notes import NOTE, asked, counts, joined
 from gaplab.recovery import recover
 from gaplab.run import Run
@@ -132,6 +132,8 @@ def run_saved(folder: Path, in_here: bool = False) -> None:
     """
     from filelock import FileLock
 
+    if not in_here:
+        take_a_gpu()
     config = configs.load(folder / "config.yaml")
     with interrupt.handled(quiet=not in_here), nullcontext() if in_here else _stopped_with(folder.parent):
         with FileLock(folder / ".lock"):  # a job that outlived its sweep ends first
@@ -147,6 +149,8 @@ def run_together(folders: list[Path], in_here: bool = False) -> dict[Path, str]:
     """
     from filelock import FileLock
 
+    if not in_here:
+        take_a_gpu()
     problems: dict[Path, str] = {}
     waiting: dict[Path, Config] = {}
     for folder in folders:
@@ -538,6 +542,9 @@ def _launch(launcher: Any, waiting: list[Job]) -> str | None:
 
     if not waiting:
         return None
+    gpus = configs.cuda_devices()
+    if gpus > 1 and all(job.config.trainer.devices == 1 for job in waiting):
+        share_gpus(gpus)
     try:
         returns = launcher.launch([[job.folder.name] for job in waiting], initial_job_idx=0)
     except Exception as error:  # a process of the launcher's was killed, a cluster did not answer

@@ -34,7 +34,7 @@ class FusedLauncher(Launcher):
 
     Args:
         replicas: jobs in a group, at most; None for as many as a trial finds fastest.
-        n_jobs: processes; None for as many as the cores hold, one on a GPU.
+        n_jobs: processes; None for as many as the cores hold, or one a GPU.
     """
 
     def __init__(self, replicas: int | None, n_jobs: int | None) -> None:
@@ -105,8 +105,8 @@ def _processes(jobs: "Sequence[Config]") -> int:
     from gaplab.config import cuda_devices
     from gaplab.machine import usable_cores
 
-    if cuda_devices() and any(job.trainer.accelerator != "cpu" for job in jobs):
-        return 1
+    if (gpus := cuda_devices()) and any(job.trainer.accelerator != "cpu" for job in jobs):
+        return min(gpus, len(jobs))
     return max(1, usable_cores() // max((job.trainer.threads or 1) * job.trainer.devices for job in jobs))
 
 
@@ -123,7 +123,10 @@ def _plan(folder: str, optimizers: "Sequence[Optimizer]", replicas: int | None, 
     from gaplab import config as configs
     from gaplab import trial
     from gaplab.errors import TrainingError, UserError
+    from gaplab.machine import take_a_gpu
 
+    if processes > 1:
+        take_a_gpu()
     try:
         return trial.plan(configs.load(Path(folder) / "config.yaml"), optimizers, replicas, processes)
     except (UserError, TrainingError) as error:

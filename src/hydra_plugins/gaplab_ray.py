@@ -74,7 +74,8 @@ class RayLauncher(Launcher):
             interrupt.reclaim()
             # a job that died may have taken its machine's memory with it, so that it is not tried again
             task = ray.remote(max_retries=0, **self._resources)(_run)
-            jobs = [task.remote(str(self._sweep / name)) for (name,) in job_overrides]
+            without_gpu = self._resources["num_gpus"] == 0
+            jobs = [task.remote(str(self._sweep / name), without_gpu) for (name,) in job_overrides]
             try:
                 _wait(ray, jobs)
             except BaseException:
@@ -107,8 +108,10 @@ def _returned(ray: Any, job: Any) -> JobReturn:
     return JobReturn(status=JobStatus.FAILED, _return_value=TrainingError(problem))
 
 
-def _run(folder: str) -> str | None:
+def _run(folder: str, without_gpu: bool) -> str | None:
     """The task; what kept the job from its end, as plain text that any driver can read."""
+    if without_gpu:  # Ray leaves it the driver's
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from gaplab import cli, interrupt, sweep
 
     try:
