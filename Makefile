@@ -8,13 +8,17 @@ READY_UI := .venv/.ready-ui
 PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
 TESTS := -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster --ignore=tests/ui
+# a machine with a GPU has torch, and maybe no network: wheels/ brings the rest
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SETUP = if ls wheels/*.whl >/dev/null 2>&1; then $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check \
+	--no-index --no-deps --upgrade --target wheels/site wheels/*.whl; fi; PYTHONPATH=wheels/site
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 # in .venv it may be written: every process would compile torch and MLflow anew, for up to 15 s
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sweep report sync test test-full test-portable test-faults test-cluster test-ui check format ui serve bench clean
+.PHONY: help setup train sweep report sync test test-full test-portable test-faults test-cluster test-ui test-gpu bench-gpu gpu-wheels check format ui serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +68,16 @@ test-ui: $(READY_UI) ## the dashboard in a real Chromium; as root on Debian, for
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || DEBIAN_FRONTEND=noninteractive \
 		apt-get install --quiet --yes --no-install-recommends chromium chromium-driver
 	@GAPLAB_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/ui
+
+test-gpu: ## what gaplab does on a GPU, in 4 minutes; needs no .venv, see tests/gpu/kit.py
+	@$(GPU_SETUP) $(GPU_PYTHON) tests/gpu/kit.py
+
+bench-gpu: ## what a GPU makes of gaplab, in 6 minutes, into docs/benchmarks.md; needs no .venv
+	@$(GPU_SETUP) $(GPU_PYTHON) benchmarks/gpu.py
+
+gpu-wheels: $(READY) ## collect in wheels/ what test-gpu needs beside torch, torchvision, lightning and torchmetrics
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir wheels --constraint requirements.txt \
+		hydra-core omegaconf antlr4-python3-runtime rich markdown-it-py mdurl pygments
 
 $(READY_UI): pyproject.toml $(READY)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra ui --constraint requirements.txt

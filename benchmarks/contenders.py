@@ -112,7 +112,7 @@ def pictures(work: str, samples: int) -> tuple[Tensor, Tensor]:
     """uint8 (N, C, H, W) and labels int64 (N,): the first VALID are the valid split."""
     if work == "resnet-20":
         made = Pictures(samples + VALID)
-        return made.data.permute(0, 3, 1, 2).contiguous(), made.targets
+        return torch.from_numpy(made.data).permute(0, 3, 1, 2).contiguous(), made.targets
     from torchvision.datasets import MNIST
 
     mnist = MNIST(DATA, download=True)
@@ -264,15 +264,12 @@ def over_tensors(work: str, batch: int, samples: int, epochs: int, seed: int) ->
 def dataloader(work: str, batch: int, samples: int, epochs: int, seed: int, workers: int = 0) -> dict[str, Any]:
     from torch.utils.data import DataLoader, Subset
     from torchvision import transforms
-    from torchvision.datasets import CIFAR10, MNIST
+    from torchvision.datasets import MNIST
 
     ready = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.13], [0.31])])
     if work == "resnet-20":  # torchvision's own class, over the made pictures
-        made = CIFAR10.__new__(CIFAR10)
-        source = Pictures(samples + VALID)
-        made.data, made.targets = source.data.numpy(), source.targets.tolist()
-        made.transform, made.target_transform = ready, None
-        whole: Any = made
+        whole: Any = Pictures(samples + VALID)
+        whole.transform = ready
     else:
         whole = MNIST(DATA, transform=ready, download=True)
     part = Subset(whole, range(VALID, VALID + samples))

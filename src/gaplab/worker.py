@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,12 +20,11 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from matplotlib.figure import Figure
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from gaplab import config as configs
-from gaplab import figures, interrupt, provenance
+from gaplab import interrupt, provenance
 from gaplab.config import Config
 from gaplab.data.datamodule import DataModule, Sources, build_datamodule
 from gaplab.errors import TrainingError, UserError
@@ -45,6 +45,9 @@ from gaplab.training.classifier import Classifier
 from gaplab.training.gap import Epoch, GapCallback, predict, score
 from gaplab.training.progress import ProgressBar
 from gaplab.training.reader import read_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 THREADS_PER_CORE = 8  # more wait for each other: at 500, a step of a small network takes minutes
 LSUV_SAMPLES = 1024
@@ -255,11 +258,17 @@ def conclude(
     summary = _summary(result)
     if looks is not None:
         if looks.history and config.figures:
+            from gaplab import figures
+
             drawings["activations"] = lambda: figures.activations(looks.history, configs.run_name(config))
         error = identity_error(network, data.sample("valid", IDENTITY_SAMPLES))
         summary |= {} if error is None else {"bn/identity_error": error}
-    with result.timed("figures"):
-        paths = figures.save_figures(folder / "figures", drawings)
+    paths = []
+    if drawings:
+        from gaplab.figures import save_figures
+
+        with result.timed("figures"):
+            paths = save_figures(folder / "figures", drawings)
     if first_step is not None:
         summary["time/to_first_step_s"] = first_step - run.started
     summary |= {f"time/{phase}_s": seconds for phase, seconds in result.times.items()}
@@ -447,7 +456,7 @@ def _summary(result: RunResult) -> dict[str, float]:
 
 def _test(
     config: Config, data: DataModule, network: Network, measured: GapCallback, result: RunResult
-) -> dict[str, Callable[[], Figure]]:
+) -> dict[str, "Callable[[], Figure]"]:
     """Read the test split, once, with the best weights, into `result`; the drawings of the run, if it has figures."""
     shown = "test" if "test" in data.splits else "valid"
     part, classes, name = data.splits[shown], data.classes, configs.run_name(config)
@@ -460,6 +469,8 @@ def _test(
         result.test_acc, result.test_loss = test.acc, test.loss
     if not config.figures:
         return {}
+    from gaplab import figures  # matplotlib, which nothing else needs
+
     counts = multiclass_confusion_matrix(answers, labels, len(classes)).numpy()
     worst = wrong[probabilities[wrong].argsort(descending=True)[:24]]
     mistakes = (
