@@ -50,6 +50,9 @@ ELSEWHERE = {
     "python docs/make_claims.py": "docs/claims.md",  # after hours of sweeps
     "python benchmarks/": "Makefile",  # make bench
     "make bench": "Makefile",
+    "make gpu-wheels": "Makefile",
+    "torchrun --nproc-per-node": "tests/cluster/test_outside.py",
+    "srun --ntasks": "tests/cluster/test_outside.py",
     "make format": "Makefile",
     "make setup": "Makefile",
     "make check": "Makefile",
