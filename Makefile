@@ -77,7 +77,7 @@ bench-gpu: ## what a GPU makes of gaplab, in 6 minutes, into docs/benchmarks.md;
 
 gpu-wheels: $(READY) ## collect in wheels/ what test-gpu needs beside torch, torchvision, lightning and torchmetrics
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir wheels --constraint requirements.txt \
-		hydra-core omegaconf antlr4-python3-runtime rich markdown-it-py mdurl pygments
+		hydra-core omegaconf antlr4-python3-runtime joblib cloudpickle rich markdown-it-py mdurl pygments
 
 $(READY_UI): pyproject.toml $(READY)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra ui --constraint requirements.txt

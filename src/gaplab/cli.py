@@ -29,7 +29,7 @@ from gaplab.machine import from_here
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LONGEST = 2000  # characters of a message; what was typed may be longer, and stands in front of what is allowed
 UNREAD = 141  # as of a process that SIGPIPE ends
-NEEDED = ("hydra", "omegaconf", "torch", "torchvision", "lightning", "torchmetrics", "rich", "scipy", "matplotlib")
+NEEDED = ("hydra", "omegaconf", "torch", "torchvision", "lightning", "torchmetrics", "rich")
 ASCII = str.maketrans({"×": "x", "±": "+-", "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">="})
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|str|int|float|bool)\(.*\)")  # of Hydra's overrides
 HELP = {
@@ -240,7 +240,9 @@ def _refuse_word(message: str) -> NoReturn:
 
 
 def _check_environment(name: str) -> None:
-    needed = (*NEEDED, "mlflow") if name in ("promote", "serve", "sync", "ui") else NEEDED
+    needed = [*NEEDED]
+    needed += ["scipy", "statsmodels", "matplotlib"] if name in ("report", "evaluate", "promote") else []
+    needed += ["mlflow"] if name in ("promote", "serve", "sync", "ui") else []
     missing = next((one for one in needed if find_spec(one) is None), None)
     if missing is None:
         return

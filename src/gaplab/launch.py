@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ def _begin(config: Config, folder: Path | None) -> Path | None:
 def refuse(config: Config, typed: list[str]) -> None:
     """Raises UserError for what `main` cannot do, as far as that is known before anything is imported or made."""
     _refuse_sweep_words(config, typed)
+    if config.figures and find_spec("matplotlib") is None:
+        raise UserError("figures=true: matplotlib is not installed; figures=false does without it")
     if config.resume is None:
         check_root(config.data)
     else:

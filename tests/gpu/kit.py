@@ -6,7 +6,7 @@ Each check prints a line as it ends: passed with the figures seen, failed with t
 missing. The status is 0 where none failed. `--dry` runs the checks on the CPU in their small form; what only a GPU can
 show is then not run. `FOLDER` (`outputs/gpu`) keeps `test-gpu.json`.
 
-Needs torch >= 2.11, torchvision, lightning, torchmetrics, hydra-core, omegaconf and rich; neither MLflow nor a network.
+Needs torch >= 2.11, torchvision, lightning, torchmetrics, hydra-core, omegaconf, joblib and rich; no MLflow, no network.
 """
 
 import argparse
@@ -327,7 +327,7 @@ def out_of_memory(kit: Kit) -> str:
     return said[:90]
 
 
-@check("bf16-mixed against float32 over 6 seeds")
+@check("bf16-mixed against float32, paired by seed")
 def bf16(kit: Kit) -> str:
     seeds = range(2 if kit.dry else 6)
     words = ["model.bn=true", "trainer.max_epochs=3"]
@@ -338,7 +338,7 @@ def bf16(kit: Kit) -> str:
     differences = torch.tensor(by[1], dtype=torch.float64) - torch.tensor(by[0], dtype=torch.float64)
     error = float(differences.std() / len(seeds) ** 0.5)
     # four standard errors, and what 2 000 samples alone leave open
-    return within(abs(float(differences.mean())), 4 * error + 0.01, "valid/acc differs by")
+    return within(abs(float(differences.mean())), 4 * error + 0.01, f"valid/acc over {len(seeds)} seeds differs by")
 
 
 @check("channels_last against contiguous, and augmentation on the device")
