@@ -6,7 +6,7 @@ Each check prints a line as it ends: passed with the figures seen, failed with t
 missing. The status is 0 where none failed. `--dry` runs the checks on the CPU in their small form; what only a GPU can
 show is then not run. `FOLDER` (`outputs/gpu`) keeps `test-gpu.json`.
 
-Needs torch >= 2.11, torchvision, lightning, torchmetrics, hydra-core, omegaconf, joblib and rich; no MLflow, no network.
+Needs torch >= 2.11, torchvision, lightning, torchmetrics, hydra-core, omegaconf, joblib, rich; no MLflow, no network.
 """
 
 import argparse
