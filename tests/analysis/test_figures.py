@@ -213,6 +213,19 @@ def test_learning_curves_are_linear_so_that_the_distance_is_the_gap():
     assert all(0 < value < 1 for line in lines(losses) for value in line.get_ydata())  # not in percent
 
 
+def test_under_label_noise_learning_curves_count_train_against_the_true_labels():
+    section = build_section({"data.label_noise": ["0.0", "0.3"]})
+    for run in section.runs:
+        if run.settings["data.label_noise"] == "0.3":
+            run.history["train/acc_clean"] = dict.fromkeys(run.history["train/acc"], 0.5)
+    section.gap = "gap/acc_clean"
+    figure = figures.learning_curves(section)
+    ends = {round(float(line.get_ydata()[-1])) for line in lines(figure.axes[0], "--")}
+    assert ends == {50, 99}
+    assert "against the true labels" in texts(figure)
+    assert "honest_vs_running" not in figures.drawings(section, METRICS)
+
+
 def test_interaction_takes_a_logarithmic_axis_and_marks_points_that_lack_runs():
     figure = figures.interaction(build_section(NUMBERS, lost=some_lost))
     assert figure.axes[0].get_xscale() == "log"

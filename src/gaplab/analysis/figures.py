@@ -46,7 +46,11 @@ def drawings(section: Section, metrics: Sequence[str]) -> dict[str, Callable[[],
         "loss_curves": (epochs > 1 and any(map(_has_loss, finished)), lambda: learning_curves(section, "loss")),
         "interaction": (bool(shown) and len(section.factors) > 1, lambda: interaction(section, shown)),
         "heat_map": ("valid/acc" in known and len(_numeric(section)) > 1, lambda: heat_map(section)),
-        "honest_vs_running": (any(_gaps(one) for one in section.conditions), lambda: honest_vs_running(section)),
+        "honest_vs_running": (
+            section.gap == "gap/acc"
+            and any(_gaps(one) for one in section.conditions),  # the running one sees wrong labels
+            lambda: honest_vs_running(section),
+        ),
         "activations": (any(map(_looked, section.runs)), lambda: activations(section)),
     }
     return {name: draw for name, (makes_sense, draw) in sensible.items() if makes_sense}
@@ -97,7 +101,8 @@ def conditions(section: Section, metrics: Sequence[str] = ("gap/acc", "valid/acc
 def learning_curves(section: Section, measure: str = "acc") -> Figure:
     """Valid and train accuracy, or loss, per epoch: means over the finished seeds, up to the last epoch that all have.
 
-    The axis is linear, so that the distance between the two lines of accuracy is the gap. A panel for each setting of
+    The axis is linear, so that the distance between the two lines of accuracy is the gap; under label noise, train is
+    counted against the true labels. A panel for each setting of
     all factors but the one of the lines; beyond `MAX_PANELS`, of the largest factor.
     """
     by = _line_factor(section.factors)
@@ -116,7 +121,7 @@ def learning_curves(section: Section, measure: str = "acc") -> Figure:
         axes, missing = grid[number // columns][number % columns], []
         for (level,), members in _grouped(section, [by], group).items():
             for split, dashes, width in (("train", "--", 1.0), ("valid", "-", 1.6)):
-                if found := _curves(members, f"{split}/{measure}"):
+                if found := _curves(members, f"{split}/{measure}", section.gap != "gap/acc"):
                     drawn += _draw_curve(axes, *found, dashes == "-", color=colours[level], ls=dashes, lw=width)
             drawn_seeds, planned = len(found[1]) if found else 0, len({run.seed for one in members for run in one.runs})
             if drawn_seeds < planned:
@@ -137,6 +142,7 @@ def learning_curves(section: Section, measure: str = "acc") -> Figure:
     cut = f"; the first {len(shown)} of {len(panels)}" if len(shown) < len(panels) else ""
     means = _means_over(section, [by, *across])
     curves = "learning curves" if measure == "acc" else "loss curves"
+    curves += " against the true labels" if section.gap != "gap/acc" else ""
     return _finish(figure, f"{section.data}: {curves}, means over the finished seeds{means}{cut}", keys)
 
 
@@ -386,9 +392,13 @@ def _named(section: Section, name: str | None) -> dict[str, list[Condition]]:
     return {f"{name}={level}": group for (level,), group in grouped} or {one.label: [one] for one in section.conditions}
 
 
-def _curves(group: Iterable[Condition], name: str) -> tuple[Array, Array] | None:
+def _curves(group: Iterable[Condition], name: str, clean: bool = False) -> tuple[Array, Array] | None:
     """Steps (T,) that all have, and values (seeds, T), accuracies in %: means over conditions with a finished run."""
-    tables = [{seed: run.history.get(name) or {} for seed, run in _finished(one).items()} for one in group]
+    names = [f"{name}_clean"] * clean + [name]  # a condition without label noise has the second alone
+    tables = [
+        {seed: next((run.history[one] for one in names if run.history.get(one)), {}) for seed, run in runs.items()}
+        for runs in map(_finished, group)
+    ]
     tables = [found for table in tables if (found := {seed: line for seed, line in table.items() if line})]
     seeds = sorted(set.intersection(*map(set, tables))) if tables else []
     steps = sorted(set.intersection(*(set(table[seed]) for table in tables for seed in seeds))) if seeds else []
