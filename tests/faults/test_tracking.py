@@ -206,6 +206,13 @@ def assert_all_is_there(proxy: Proxy, folder: Path) -> tuple[int, int]:
         if event["event"] == "metrics"
         for name, value in event["values"].items()
     )
+    said += Counter(  # the gaps of accuracy once more, in percentage points
+        {
+            (f"{name}_pp", step, round(100 * value, 6)): count
+            for (name, step, value), count in said.items()
+            if name.startswith(("gap/acc", "best/gap/acc"))
+        }
+    )
     there = Counter(
         (name, metric.step, metric.value)
         for name in {name for name, _, _ in said} | set(run.data.metrics)

@@ -455,7 +455,7 @@ class Delivery:
                 if entry.event["event"] == "run" or not is_permanent(error):
                     raise
                 if journal.run_id is not None and sender.look_up(journal) is None:
-                    gone = "its run is not in MLflow any more; python src/sync.py sends all of it once more"
+                    gone = "its run is not in MLflow any more; the next sync sends all of it once more"
                     raise DeletedError(f"{journal.folder}: {gone}") from error
                 self._refuse(error)
                 refused = {"": reason(error)}
