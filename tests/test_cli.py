@@ -36,6 +36,7 @@ BAD = {
     "--cfg job claim=overfitting": "claim=overfitting: said of a sweep; add -m",
     "--cfg job resume=nowhere": "nowhere: no run there",
     "--info config seed=-5": "seed=-5: must be",
+    "seed=-5 --info": "seed=-5: must be",
     "model.kwargs.a=é": "model.kwargs.a=é: not understood; expected key=value, quoted where Hydra or the shell needs "
     "it: 'model.kwargs.a=\"é\"'",
     "trainer.sync_batchnorm=1": "trainer.sync_batchnorm=1: must be auto, true or false",

@@ -212,7 +212,7 @@ def _obey(name: str, job: Callable[[Any], None]) -> None:
     if name == "train":
         given.overrides += torchrun.overrides_of_outside(given.overrides, given.multirun)
     given.overrides = [as_hydra_reads(word, name, given.multirun) for word in given.overrides]
-    sys.argv[1:] = words = options + given.overrides  # Hydra wants its own options on one side of the overrides
+    sys.argv[1:] = words = given.overrides + options  # apart, for Hydra; and not into a last --info, as its value
     check_words(words)
     if given.help:
         print(help_text(name, given))
