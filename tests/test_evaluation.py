@@ -244,7 +244,7 @@ def test_the_latest_run_is_evaluated_even_if_it_is_a_job(trained_runs, outputs, 
     shutil.copytree(trained_runs[0], job)
     (job.parent / "sweep.json").write_text("{}")
     assert load_run("latest", tmp_path, None).folder == job
-    assert capsys.readouterr().err == "run=latest is runs/run1\nrun=latest is sweeps/s/3_seed=0\n"
+    assert capsys.readouterr().err.endswith("run=latest is sweeps/s/3_seed=0\n")
 
 
 def test_damaged_weights_are_named(trained_runs, tmp_path):

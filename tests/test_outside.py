@@ -14,8 +14,8 @@ from killing import wait_for
 from ranks_forked import run_ranks
 from torch.distributed import TCPStore
 
+from gaplab import cli, launch, torchrun, worker
 from gaplab import config as configs
-from gaplab import launch, torchrun, worker
 from gaplab.errors import UserError
 from gaplab.training.reader import read_checkpoint
 
@@ -95,6 +95,24 @@ def test_what_does_not_fit_is_refused(started, variables, typed, multirun, said)
     started(variables)
     with pytest.raises(UserError, match=said):
         torchrun.overrides_of_outside(typed, multirun)
+
+
+def test_a_silent_rank_with_an_error_ends_after_the_one_that_names_it(started, monkeypatch, capsys):
+    started(TORCHRUN)
+    torchrun.overrides_of_outside([], False)
+    error = UserError("model.bn=perhaps")
+    waited = []
+
+    def others_run(seconds):
+        waited.append(seconds)
+        monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
+        cli.report(error)
+
+    monkeypatch.setattr(cli.time, "sleep", others_run)
+    assert cli.report(error) == 2
+    assert capsys.readouterr().err == "error: rank 3: model.bn=perhaps\n"
+    assert len(waited) == 1
+    assert waited[0] >= 5
 
 
 def fork_ranks(outputs: Path, *words: str, failing: int | None = None) -> list[int]:

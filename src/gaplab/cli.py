@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -211,6 +212,8 @@ def _obey(name: str, job: Callable[[Any], None]) -> None:
     options = [word for word in sys.argv[1:] if word not in given.overrides]
     if name == "train":
         given.overrides += torchrun.overrides_of_outside(given.overrides, given.multirun)
+        if torchrun.is_follower():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the whole process)
     given.overrides = [as_hydra_reads(word, name, given.multirun) for word in given.overrides]
     sys.argv[1:] = words = given.overrides + options  # apart, for Hydra; and not into a last --info, as its value
     check_words(words)
@@ -364,6 +367,8 @@ def report(error: Exception) -> int:
         print(f"error: {plain(explain(error))}", file=sys.stderr)
     elif os.environ["LOCAL_RANK"] == "0":  # of another machine than the first rank's, which may lack what that one has
         print(f"error: rank {os.environ['RANK']}: {plain(explain(error))}", file=sys.stderr)
+    else:  # torchrun ends all ranks with the first that ends, which must not be before the one that speaks
+        time.sleep(torchrun.SPEAKING_S)
     return 1 if isinstance(error, TrainingError) else 2
 
 

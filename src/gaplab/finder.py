@@ -4,9 +4,11 @@
 goes back when summer time ends or a machine changes zones, and copying a folder changes the times of its files.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from gaplab import config as configs
@@ -100,5 +102,8 @@ def _resume(sweep: Path) -> str:
     return command("train", "-m", f"sweep.resume={sweep}")
 
 
+@cache
 def _tell(outputs: Path, typed: str, folder: Path, more: str = "") -> None:
-    print(f"{typed} is {plain(folder.relative_to(outputs))}{more}", file=sys.stderr)
+    """Once, however often a command looks; under torchrun and srun, by one rank of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{typed} is {plain(folder.relative_to(outputs))}{more}", file=sys.stderr)

@@ -40,6 +40,7 @@ from gaplab.run import Run
 
 POLL_S = 0.05
 GRACE_S = 3.0  # that the other ranks have after a first one failed
+SPEAKING_S = 10.0  # that a silent rank with an error leaves to the one of its machine that names it
 STOP_WAIT_S = 30.0  # for a checkpoint, after a signal
 PR_SET_PDEATHSIG = 1  # prctl.h
 SIOCGIFADDR = 0x8915  # sockios.h
