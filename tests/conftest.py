@@ -67,8 +67,8 @@ def _give_memory_back() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # before pytest imports Hypothesis: trio, which selenium brings, is not found among what is frozen
 
 
 def composed(*overrides: str) -> configs.Config:
