@@ -31,7 +31,7 @@ RUN = [
     "data.valid_size=500", "figures=false",
 ]  # fmt: skip
 NOISE_S = 3.0  # of the seconds between two moments of a command; of its whole time, what the same run's times differ by
-TIMES = ("run_id", "fit_s", "total_s", "steps_per_s")
+TIMES = ("run_id", "fit_s", "total_s", "steps_per_s", "times")
 
 
 def free_port() -> int:
