@@ -56,6 +56,7 @@ def some_lost(settings, seed):
 SECTIONS = {
     "three factors": lambda: build_section(GRID),
     "one condition": lambda: build_section({}, looks=True),
+    "one run": lambda: build_section({}, [3]),
     "one seed": lambda: build_section(GRID, [3], looks=True),
     "two seeds, one epoch": lambda: build_section({"model.bn": ["false", "true"]}, [0, 1], epochs=1, looks=True),
     "no run finished": lambda: build_section(GRID, [0], looks=True, status="FAILED", diverged=True, epochs=2),

@@ -479,7 +479,7 @@ def _set_scale(
     """Limits that show all values and the ends of all intervals; for accuracies the scale."""
     if not values:
         return
-    low, high = min(*values, *ends), max(*values, *ends)
+    low, high = min([*values, *ends]), max([*values, *ends])
     set_limits, axis = (axes.set_xlim, axes.xaxis) if which == "x" else (axes.set_ylim, axes.yaxis)
     accuracy = "/acc" in metric and not metric.startswith("gap/")
     stretched, floor = _stretch(values)
