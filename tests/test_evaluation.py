@@ -283,3 +283,15 @@ def test_bad_input_is_named(outputs, words):
 def test_bad_input_is_one_line(outputs, tmp_path):
     where = "tracking=none", f"paths.outputs={outputs}"
     assert_refused(typed("evaluate", *where, "run=nothing (1)", cwd=tmp_path), "run=nothing (1): no run there")
+
+
+def test_classes_of_the_same_name_in_another_place_are_refused(trained_runs, outputs, tmp_path):
+    from PIL import Image
+
+    for name in "123456789x":
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.fromarray(np.full((28, 28), number, np.uint8)).save(tmp_path / name / f"{number}.png")
+    words = [f"data.root={tmp_path}", "data.image_size=28", "data.channels=1", "data.valid_size=2", "data.workers=0"]
+    with pytest.raises(UserError, match=r"class 1 stands where mlp bn s0 has 0; number the classes alike: 0, 1, 2"):
+        evaluate(settings(outputs, f"run={trained_runs[0]}", "split=train", "data=image_folder", *words))

@@ -218,6 +218,12 @@ def _data(network: Trained, settings: Evaluate, outputs: Path) -> tuple[DataModu
         raise UserError(
             f"data={config.name}: {len(data.classes)} classes, and {network.name} knows {len(network.classes)}"
         )
+    for name, known in zip(data.classes, network.classes, strict=True):
+        if name != known and name in network.classes:  # its answers would be counted against another class
+            raise UserError(
+                f"data={config.name}: class {plain(name)} stands where {network.name} has {plain(known)}; number the "
+                f"classes alike: {', '.join(map(plain, network.classes))[:500]}"
+            )
     if settings.split not in data.splits:
         raise UserError(f"split={settings.split}: {config.name} has no test part; split=valid or split=train")
     if own and data.splits["train"].source.digest() != network.digest:
