@@ -277,3 +277,19 @@ def test_what_cannot_be_gone_on_with_is_told(arguments: str, tmp_path: Path):
     done = train_py(*arguments.split(), f"paths.outputs={tmp_path / 'outputs'}", cwd=tmp_path)
     assert_refused(done, WRONG[arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["model.dropout=0.5", "seed=7", "data.label_noise=0.5", "optimizer.lr=0.1"])
+def test_a_config_that_was_edited_after_training_began_is_refused(word, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    (folder / "checkpoints").mkdir(parents=True)
+    event = {"time": 0, "event": "params", "values": {k: str(v) for k, v in configs.flatten(composed()).items()}}
+    (folder / "journal.jsonl").write_text(json.dumps(event) + "\n")
+    (folder / "config.yaml").write_text(configs.to_yaml(composed(word)))
+    words = [f"resume={folder}"]
+    launch.refuse(composed(*words), words)  # without a checkpoint, training begins anew
+    (folder / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match=rf"config.yaml: {word.partition('=')[0]} was edited to .* been trained with"):
+        launch.refuse(composed(*words), words)
+    (folder / "config.yaml").write_text(configs.to_yaml(composed("trainer.max_epochs=77", "data.eval_batch_size=64")))
+    launch.refuse(composed(*words), words)

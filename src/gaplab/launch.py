@@ -255,11 +255,27 @@ def _resumed(wanted: Config, typed: list[str]) -> tuple[Path, Config]:
         if one.is_dir():
             refuse_links(one)
     config = configs.load(folder / "config.yaml")
+    _refuse_edited(config, folder)
     said = [name for name in devices if any(word.startswith(f"trainer.{name}=") for word in typed)]
     config = replace(config, trainer=replace(config.trainer, **{name: getattr(wanted.trainer, name) for name in said}))
     configs.check(config)
     configs.check_trust(config, typed)
     return folder, config
+
+
+def _refuse_edited(config: Config, folder: Path) -> None:
+    """Raises UserError where the saved config was edited after the run had begun to train with another."""
+    if not (folder / "checkpoints" / "last.ckpt").is_file():
+        return
+    params = [event["values"] for event in read_journal(folder) if event["event"] == "params"]
+    values, speed = configs.flatten(config), ("data.workers", "data.memory_budget_gb", "data.eval_batch_size")
+    for name, before in params[-1].items() if params else ():
+        trained = name.startswith(("model.", "data.", "optimizer.", "scheduler.", "seed")) and name not in speed
+        if trained and configs.decides(name) and name in values and configs.masked(str(values[name])) != before:
+            raise UserError(
+                f"{folder / 'config.yaml'}: {name} was edited to {values[name]}, but the run has been trained with "
+                f"{before}; change it back to resume, or start a new run"
+            )
 
 
 def tracking(folder: Path, config: Config) -> Tracking:
