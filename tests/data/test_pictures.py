@@ -423,10 +423,10 @@ def test_the_digest_changes_with_pixels_order_and_labels(tmp_path, budget):
 def test_splits_and_classes_are_described_in_two_lines(picture_folder, tmp_path):
     assert module(picture_folder).describe() == [
         "data    image_folder 3x16x16: train 72, valid 8, no test",
-        "classes 2 in train, of 36 to 36: дубы (36), ясень & co (36)",
+        "classes 2 in train, 36 each: дубы (36), ясень & co (36)",
     ]
     many = module(fill(tmp_path / "many", *(f"class {number:02}" for number in range(30))), "data.valid_size=30")
     assert many.describe()[1].endswith(
-        "30 in train, of 1 to 1: class 00 (1), class 01 (1), class 02 (1), class 03 (1), "
+        "30 in train, 1 each: class 00 (1), class 01 (1), class 02 (1), class 03 (1), "
         "class 04 (1), class 05 (1), class 06 (1), …, class 29 (1)"
     )

@@ -104,7 +104,9 @@ class DataModule(LightningDataModule):
         each = [f"{plain(name)[:30]} ({count:,})" for name, count in zip(self.classes, counts, strict=True)]
         if len(each) > SHOWN_CLASSES:
             each = [*each[: SHOWN_CLASSES - 1], "…", each[-1]]
-        classes = f"{len(counts)} in train, of {min(counts):,} to {max(counts):,}: {', '.join(each)}"
+        least, most = min(counts), max(counts)
+        each_has = f"{least:,} each" if least == most else f"of {least:,} to {most:,}"
+        classes = f"{len(counts)} in train, {each_has}: {', '.join(each)}"
         size = "x".join(map(str, self.in_shape))
         missing = "" if "test" in self.splits else ", no test"
         return [f"data    {plain(self._data.name)} {size}: {', '.join(parts)}{missing}", f"classes {classes}"]
