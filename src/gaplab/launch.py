@@ -271,9 +271,10 @@ def _refuse_edited(config: Config, folder: Path) -> None:
     values, speed = configs.flatten(config), ("data.workers", "data.memory_budget_gb", "data.eval_batch_size")
     for name, before in params[-1].items() if params else ():
         trained = name.startswith(("model.", "data.", "optimizer.", "scheduler.", "seed")) and name not in speed
-        if trained and configs.decides(name) and name in values and configs.masked(str(values[name])) != before:
+        now = configs.masked(str(values.get(name, before)))
+        if trained and configs.decides(name) and now != before:
             raise UserError(
-                f"{folder / 'config.yaml'}: {name} was edited to {values[name]}, but the run has been trained with "
+                f"{folder / 'config.yaml'}: {name} was edited to {now}, but the run has been trained with "
                 f"{before}; change it back to resume, or start a new run"
             )
 
