@@ -63,9 +63,13 @@ def test_attempts_count_from_where_the_run_last_began_anew():
         for tags in attempts:
             yield {"event": "run"}
             yield {"event": "tags", "values": tags}
+            if tags != failed:
+                yield {"event": "metrics", "step": 1, "values": {"valid/acc": 0.5}}
 
     failed, first, resumed = {"a": "0"}, {"a": "1"}, {"a": "2", provenance.RESUMED: "last.ckpt, epoch 1"}
-    assert provenance.attempts(events(failed, first, resumed)) == [first, resumed]
+    anew = {"a": "3"}
+    assert provenance.attempts(events(first, resumed, anew, resumed)) == [anew, resumed]
+    assert provenance.attempts(events(first, failed, resumed)) == [first, failed, resumed]  # it began nothing
     assert provenance.attempts(events(first)) == [first]
     assert provenance.attempts([]) == []
 

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 def main(config: Config, typed: list[str]) -> Path | None:
     """What `train.py` was asked for, a new run or to go on with one; its folder, unless another machine keeps it or it
-    was finished before. Raises as `launch` does."""
-    refuse(config, typed)
+    was finished before. Call `refuse` first. Raises as `launch` does."""
     if config.resume is not None:
         return resume(config, typed)
     return _begin(config, None)

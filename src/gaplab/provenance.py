@@ -65,14 +65,18 @@ def compute_tags(device: str) -> dict[str, str]:
 
 
 def attempts(events: Iterable[Mapping[str, Any]]) -> Sequence[Tags]:
-    """The tags of each attempt in a run's journal that its result comes from: those since it last began anew."""
+    """The tags of each attempt in a run's journal that its result comes from: those since it last began anew. An
+    attempt that ended before its first epoch did is no beginning."""
     found: list[dict[str, Any]] = []
+    start = 0
     for event in events:
         if event["event"] == "run":
             found.append({})
         elif event["event"] == "tags" and found:
             found[-1] |= event["values"]
-    return found[max((number for number, tags in enumerate(found) if RESUMED not in tags), default=0) :]
+        elif event["event"] == "metrics" and found and RESUMED not in found[-1]:
+            start = len(found) - 1
+    return found[start:]
 
 
 def difference(runs: Sequence[Sequence[Tags]]) -> str | None:

@@ -365,6 +365,10 @@ def test_under_label_noise_the_true_labels_decide():
     assert one.verdict == "same gap, worse network"
     assert part.conditions[0].estimate("train/acc_clean").mean == pytest.approx(0.99)
     assert any("against the true labels" in note for note in part.notes)
+    assert list(sections(part.runs, ["gap/loss", "train/loss"], 0.002)[0].contrasts) == [
+        "gap/loss_clean",
+        "train/loss_clean",
+    ]
 
 
 def test_without_clean_accuracies_label_noise_has_no_verdict_on_the_gap():

@@ -225,6 +225,11 @@ def test_under_label_noise_learning_curves_count_train_against_the_true_labels()
     assert ends == {50, 99}
     assert "against the true labels" in texts(figure)
     assert "honest_vs_running" not in figures.drawings(section, METRICS)
+    for run in section.runs:
+        run.history.pop("train/acc_clean", None)  # of a run that is older than it: none is drawn instead
+    assert {float(line.get_ydata()[-1]) > 98 for line in lines(figures.learning_curves(section).axes[0], "--")} == {
+        True
+    }
 
 
 def test_interaction_takes_a_logarithmic_axis_and_marks_points_that_lack_runs():
@@ -274,3 +279,9 @@ def test_activations_show_the_smallest_seed_with_and_without_batchnorm():
 def test_activations_of_a_diverged_run_say_so():
     figure = figures.activations(build_section(GRID, [0], looks=True, status="FAILED", diverged=True))
     assert "(diverged)" in texts(figure)
+
+
+def test_interaction_shows_a_pair_that_was_crossed():
+    crossed = [build_run(dict(zip(GRID, (*pair, "xavier"), strict=True)), 0) for pair in product(*[*GRID.values()][:2])]
+    others = [build_run(dict(zip(GRID, ("false", "0", init), strict=True)), 0) for init in ("kaiming", "lsuv")]
+    assert figures.interaction(sections(crossed + others, METRICS, 0.002)[0]).axes[0].get_xlabel() == "dropout"

@@ -9,12 +9,12 @@ from itertools import combinations
 
 from gaplab import config as configs
 from gaplab import stats
-from gaplab.analysis.runs import Run
+from gaplab.analysis.runs import CLEANED, Run
 
 METRICS = (
     "gap/acc", "gap/acc_clean", "valid/acc", "train/acc", "train/acc_clean", "train/acc_running", "test/acc",
 )  # fmt: skip
-CURVES = ("valid/acc", "train/acc", "act/unit/p15", "act/unit/p50", "act/unit/p85")
+CURVES = ("valid/acc", "train/acc", "train/acc_clean", "act/unit/p15", "act/unit/p50", "act/unit/p85")
 SPLIT_KEYS = ("data.name", "data.valid_size")  # these decide which samples are compared
 SPLITS = ("train", "valid", "test")
 CHOICES = ("_target_", "name")
@@ -22,7 +22,6 @@ COMMON = {  # what every choice of a group has: the other keys of the group come
     group: {one.name for one in fields(kind)} - set(CHOICES)
     for group, kind in {"model": configs.Model, "optimizer": configs.Optimizer, "scheduler": configs.Scheduler}.items()
 }
-CLEANED = ("gap/acc", "train/acc")  # under label noise there is another of each, `_clean`, against the true labels
 INTERACTION = " × "  # in its name
 WITH_STD = ("normal", "uniform", "trunc_normal")  # initializers that read model.init_std
 
@@ -310,7 +309,7 @@ def _note_what_runs_share(section: Section, runs: int, noisy: bool) -> None:
             notes.append(f"{name}: {', '.join(tied)} always vary together, so their effects cannot be told apart")
     if noisy:
         notes.append(
-            "data.label_noise: verdicts take the gap and the train accuracy against the true labels "
+            "data.label_noise: verdicts and learning curves take the gap and the train split against the true labels "
             "(gap/acc_clean, train/acc_clean); train/acc counts the labels trained on, the wrong ones included"
         )
     steps = {one.label: {_steps(run) for run in one.runs} - {0} for one in section.conditions}

@@ -102,8 +102,8 @@ def learning_curves(section: Section, measure: str = "acc") -> Figure:
     """Valid and train accuracy, or loss, per epoch: means over the finished seeds, up to the last epoch that all have.
 
     The axis is linear, so that the distance between the two lines of accuracy is the gap; under label noise, train is
-    counted against the true labels. A panel for each setting of
-    all factors but the one of the lines; beyond `MAX_PANELS`, of the largest factor.
+    counted against the true labels. A panel for each setting of all factors but the one of the lines; beyond
+    `MAX_PANELS`, of the largest factor.
     """
     by = _line_factor(section.factors)
     by = by if by and len(section.factors[by]) <= MAX_LINES else None
@@ -121,7 +121,7 @@ def learning_curves(section: Section, measure: str = "acc") -> Figure:
         axes, missing = grid[number // columns][number % columns], []
         for (level,), members in _grouped(section, [by], group).items():
             for split, dashes, width in (("train", "--", 1.0), ("valid", "-", 1.6)):
-                if found := _curves(members, f"{split}/{measure}", section.gap != "gap/acc"):
+                if found := _curves(members, f"{split}/{measure}"):
                     drawn += _draw_curve(axes, *found, dashes == "-", color=colours[level], ls=dashes, lw=width)
             drawn_seeds, planned = len(found[1]) if found else 0, len({run.seed for one in members for run in one.runs})
             if drawn_seeds < planned:
@@ -346,9 +346,12 @@ def _line_factor(factors: Mapping[str, Sequence[str]]) -> str | None:
 
 def _interaction_size(section: Section, names: Sequence[str], metrics: Sequence[str]) -> float:
     """Largest deviation of the cell means of two factors from the sum of their own effects, in units of the metric's
-    range over all conditions, summed over the metrics; infinite where a cell has no finished run.
+    range over all conditions, summed over the metrics; infinite where no run of a cell finished, and -1 where a cell
+    has no run.
     """
     cells, size = _grouped(section, names), 0.0
+    if len(cells) < len(section.factors[names[0]]) * len(section.factors[names[1]]):
+        return -1.0
     for metric in metrics:
         mean = {
             one.levels: float(np.mean([*one.values[metric].values()]))
@@ -358,7 +361,7 @@ def _interaction_size(section: Section, names: Sequence[str], metrics: Sequence[
         table = np.array(
             [
                 [
-                    np.mean([mean[one.levels] for one in cells.get((a, b), []) if one.levels in mean] or [inf])
+                    np.mean([mean[one.levels] for one in cells[a, b] if one.levels in mean] or [inf])
                     for b in section.factors[names[1]]
                 ]
                 for a in section.factors[names[0]]
@@ -392,13 +395,9 @@ def _named(section: Section, name: str | None) -> dict[str, list[Condition]]:
     return {f"{name}={level}": group for (level,), group in grouped} or {one.label: [one] for one in section.conditions}
 
 
-def _curves(group: Iterable[Condition], name: str, clean: bool = False) -> tuple[Array, Array] | None:
+def _curves(group: Iterable[Condition], name: str) -> tuple[Array, Array] | None:
     """Steps (T,) that all have, and values (seeds, T), accuracies in %: means over conditions with a finished run."""
-    names = [f"{name}_clean"] * clean + [name]  # a condition without label noise has the second alone
-    tables = [
-        {seed: next((run.history[one] for one in names if run.history.get(one)), {}) for seed, run in runs.items()}
-        for runs in map(_finished, group)
-    ]
+    tables = [{seed: run.curve(name) for seed, run in _finished(one).items()} for one in group]
     tables = [found for table in tables if (found := {seed: line for seed, line in table.items() if line})]
     seeds = sorted(set.intersection(*map(set, tables))) if tables else []
     steps = sorted(set.intersection(*(set(table[seed]) for table in tables for seed in seeds))) if seeds else []
@@ -439,7 +438,7 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 
 def _has_loss(run: Run) -> bool:
-    return bool(run.history.get("train/loss") and run.history.get("valid/loss"))
+    return bool(run.curve("train/loss") and run.curve("valid/loss"))
 
 
 def _scaled(metric: str, value: float) -> float:

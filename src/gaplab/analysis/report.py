@@ -82,7 +82,7 @@ def _known_metrics(found: Collection, wanted: Sequence[str]) -> list[str]:
         hint = configs.did_you_mean(name, known)
         found.notes.append(f"no run has a metric {name}; {hint}known: {', '.join(known)}")
     chosen = [name for name in wanted if name in known]
-    if "gap/acc" in chosen and "valid/acc" in known:  # a smaller gap alone is no better network
+    if {"gap/acc", "gap/acc_clean"} & {*chosen} and "valid/acc" in known:  # a smaller gap alone is no better network
         chosen = list(dict.fromkeys([*chosen, "valid/acc"]))
     if not chosen:
         raise UserError("; ".join(found.notes[-len(missing) :]))

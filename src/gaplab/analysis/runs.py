@@ -17,6 +17,7 @@ from gaplab.sweep import listed_jobs
 from gaplab.tracking.journal import LARGEST, read_journal, read_receipt
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
+CLEANED = ("gap/acc", "train/acc", "gap/loss", "train/loss")  # under label noise, each has a `_clean` beside it
 
 
 @dataclass
@@ -52,6 +53,10 @@ class Run:
     def noisy(self) -> bool:
         """Whether some of its training labels were replaced."""
         return self.settings.get("data.label_noise", "0.0") not in ("0", "0.0")
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """{step: value} of a metric, its train split counted against the true labels; empty where it is not known."""
+        return self.history.get(f"{metric}_clean" if self.noisy and metric in CLEANED else metric, {})
 
 
 @dataclass
