@@ -359,6 +359,8 @@ def _roll_call(config: Config) -> tuple[str, int, Any]:
     if not is_first:
         verdict = store.get("verdict").decode()
         if verdict:
+            with suppress(RuntimeError):
+                store.set(f"heard/{settings.node_rank}", "")
             raise UserError(verdict)
         return host, store.port, store
     missing, other = [], []
@@ -378,6 +380,9 @@ def _roll_call(config: Config) -> tuple[str, int, Any]:
         verdict = f"machine {other[0]}: was started with another config; give all machines the same words"
     store.set("verdict", verdict)
     if verdict:
+        heard = [f"heard/{machine}" for machine in range(1, settings.num_nodes) if machine not in missing]
+        with suppress(RuntimeError):  # the store ends with this machine, and the others are to hear why
+            store.wait(heard, timedelta(seconds=GRACE_S))
         raise UserError(verdict)
     return host, store.port, store
 

@@ -129,7 +129,7 @@ def test_a_host_that_never_joins_is_named(hosts, rank, said, tmp_path):
 def test_a_port_in_use_is_told(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"trainer.rdzv_endpoint=127.0.0.1:{server.getsockname()[1]}"
-        ((status, error),) = ended([started("trainer.num_nodes=2", endpoint, f"paths.outputs={tmp_path}")])
+        ((status, error),) = ended([started(*TWO[:1], *TWO[2:], endpoint, f"paths.outputs={tmp_path}")])
     assert (status, error) == (2, f"error: {endpoint}: cannot be listened at (the port is in use)")
 
 
