@@ -235,7 +235,7 @@ def test_the_sweep_says_what_was_asked_and_found(page: Browser, served: Dashboar
     page.open(served.run(served.sweep))
     runs = len(served.children)
     page.until("the whole description", lambda: page.all(UNFOLD))[0].click()
-    page.says(configs.QUESTIONS["overfitting"], f"{runs} of {runs} runs finished", "effects of what was varied")
+    page.says(configs.QUESTIONS["overfitting"], f"{runs} of {runs} runs finished", "Effects of what was varied")
     page.says("What was asked", "model.dropout", f"seeds 0 to {SEEDS - 1}", "python src/train.py -m claim=overfitting")
     assert "|" not in page.until("a table", lambda: page.all("table"))[0].text
     page.shoot("sweep")
