@@ -264,10 +264,10 @@ def conclude(
         error = identity_error(network, data.sample("valid", IDENTITY_SAMPLES))
         summary |= {} if error is None else {"bn/identity_error": error}
     paths = []
-    if drawings:
-        from gaplab.figures import save_figures
+    with result.timed("figures"):  # every result has every phase
+        if drawings:
+            from gaplab.figures import save_figures
 
-        with result.timed("figures"):
             paths = save_figures(folder / "figures", drawings)
     if first_step is not None:
         summary["time/to_first_step_s"] = first_step - run.started
