@@ -1,15 +1,25 @@
+import contextlib
+import copy
 import ctypes
 import gc
+import gzip
+import io
 import json
 import os
+import re
 import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +27,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from gaplab import cli, launch, worker
 from gaplab import config as configs
-from gaplab import launch, worker
 from gaplab.tracking.journal import journal_of, read_receipt, write_receipt
 
 THREADS = int(os.environ.get("GAPLAB_TEST_THREADS", "1"))  # of one operation; tests/portable.py tries 2
@@ -29,7 +39,25 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)  # 
 worker._keep_freed_memory = lambda: None  # a run's memory goes back; hundreds of tests share a process
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to Ctrl-C
 
+
+def some_digits() -> Path:
+    """A folder with the first 4 000 training and 2 000 test pictures of MNIST: whole runs in a tenth of the memory."""
+    root = Path(tempfile.mkdtemp(prefix="gaplab-digits-"))
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 4000), ("t10k", 2000)):
+        for kind, size, head in (("images-idx3", 784, 16), ("labels-idx1", 1, 8)):  # bytes of a sample, of the head
+            with gzip.open(configs.PROJECT / "data" / "MNIST" / "raw" / f"{part}-{kind}-ubyte.gz") as archive:
+                start = archive.read(head)
+                content = start[:4] + count.to_bytes(4, "big") + start[8:] + archive.read(count * size)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    return root
+
+
+DIGITS = some_digits()
 SMALL = [
+    f"data.root={DIGITS}",
+    "data.num_train=4000",
     "trainer.accelerator=cpu",
     "trainer.max_epochs=2",
     "data.train_size=1000",
@@ -37,6 +65,12 @@ SMALL = [
     "tracking=none",
     "figures=false",
 ]
+
+
+def small(*overrides: str) -> list[str]:
+    """SMALL and `overrides`; without its digits where these choose other data."""
+    other = any(word.startswith("data=") for word in overrides)
+    return [*(word for word in SMALL if not (other and word in SMALL[:2])), *overrides]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,13 +102,26 @@ def _give_memory_back() -> Iterator[None]:
 
 
 def pytest_sessionfinish() -> None:
+    shutil.rmtree(DIGITS)
     gc.unfreeze()  # before pytest imports Hypothesis: trio, which selenium brings, is not found among what is frozen
 
 
-def composed(*overrides: str) -> configs.Config:
-    """The typed, checked config of a command line, with the seed and the threads that this session tests."""
+@cache
+def _composed(overrides: tuple[str, ...]) -> Any:
     with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
-        config = configs.from_hydra(compose("train", list(overrides)))
+        return compose("train", list(overrides))
+
+
+def composed(*overrides: str) -> configs.Config:
+    """The typed, checked config of a command line, with the seed and the threads that this session tests.
+
+    Hydra composes each once, whatever the folder of outputs: it takes a fifth of a second.
+    """
+    outputs = [word for word in overrides if re.fullmatch(r"paths\.outputs=/[\w/.-]+", word)]
+    cfg = copy.deepcopy(_composed(tuple(word for word in overrides if word not in outputs)))
+    if outputs:
+        cfg.paths.outputs = outputs[-1].partition("=")[2]
+    config = configs.from_hydra(cfg)
     config.seed += int(os.environ["GAPLAB_TEST_SEED_SHIFT"])
     if config.trainer.threads == 1:
         config.trainer.threads = THREADS
@@ -89,11 +136,23 @@ def train_py(*arguments: str, cwd: Path = configs.PROJECT) -> "subprocess.Comple
 def typed(
     name: str, *arguments: str, cwd: Path = configs.PROJECT, stdin: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """`python src/<name>.py …` as a person types it."""
-    script = configs.PROJECT / "src" / f"{name}.py"
-    return subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True, input=stdin
-    )
+    """`python src/<name>.py …` as a person types it, in this process: one of its own takes seconds to import torch."""
+    script = str(configs.PROJECT / "src" / f"{name}.py")
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *arguments])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(cli, "atexit", SimpleNamespace(register=lambda _: None))  # it would end this process with it
+        patch.setattr(cli, "_jobs", 0)
+        for variable in (cli.FULL_ERROR, "MPLBACKEND"):  # set by the command; to be as it was after it
+            patch.setenv(variable, "")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    assert isinstance(status, int), status
+    return subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
 
 
 def assert_refused(done: "subprocess.CompletedProcess[str]", said: str) -> None:
@@ -131,7 +190,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
 
     def run(*overrides: str) -> tuple[dict[str, Any], Path]:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        launch.launch(composed(*SMALL, f"paths.outputs={tmp_path}", *overrides), folder)
+        launch.launch(composed(*small(f"paths.outputs={tmp_path}", *overrides)), folder)
         return json.loads((folder / "result.json").read_text()), folder
 
     return run

@@ -38,3 +38,9 @@ def of_gaplab(folder: Path) -> list[str]:
         if str(folder) in line and "gaplab" in line and "pytest" not in line:
             found.append(line)
     return found
+
+
+def train_py(*arguments: str, cwd: Path = configs.PROJECT) -> "subprocess.CompletedProcess[str]":
+    """`python src/train.py …` in a process of its own, which may crash; conftest's runs in that of the test."""
+    script = str(configs.PROJECT / "src" / "train.py")
+    return subprocess.run([sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True)

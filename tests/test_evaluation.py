@@ -1,6 +1,5 @@
 """What an evaluation says is what an independent count finds."""
 
-import gzip
 import json
 import re
 import shutil
@@ -8,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, composed, typed
+from conftest import DIGITS, assert_refused, composed, typed
 from hydra import compose, initialize_config_dir
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
@@ -18,6 +17,8 @@ from gaplab.errors import UserError
 from gaplab.evaluation import Answers, answer, compare, evaluate, evaluation, pair
 from gaplab.metrics import Score, gap, paired_difference
 from gaplab.trained import load_run
+
+DATA = ["data=mnist", f"data.root={DIGITS}", "data.num_train=4000"]
 
 
 def settings(outputs, *words):
@@ -32,8 +33,7 @@ def outputs(trained_runs):
 
 
 def raw(name, offset):
-    content = gzip.decompress((configs.PROJECT / "data" / "MNIST" / "raw" / f"{name}-ubyte.gz").read_bytes())
-    return np.frombuffer(content, np.uint8, offset=offset)
+    return np.fromfile(DIGITS / "MNIST" / "raw" / f"{name}-ubyte", np.uint8, offset=offset)
 
 
 def test_every_split_equals_an_independent_count(trained_runs, outputs):
@@ -131,7 +131,7 @@ def test_two_runs_on_the_same_samples(trained_runs, outputs, capsys):
     first, second = (json.loads((folder / "result.json").read_text())["test_acc"] for folder in (one, other))
     assert (paired["second_acc"], paired["first_acc"]) == (first, second)  # the one that it is held against is first
     assert paired["difference"] == pytest.approx(first - second)
-    assert paired["both"] + paired["only_first"] + paired["only_second"] + paired["neither"] == 10_000
+    assert paired["both"] + paired["only_first"] + paired["only_second"] + paired["neither"] == 2000
     assert paired["p"] == stats.mcnemar(paired["only_first"], paired["only_second"])
     assert said["notes"] == []
     assert f"{100 * (first - second):+.2f} pp" in capsys.readouterr().out
@@ -154,9 +154,10 @@ def said_of(outputs, *words):
 def test_the_samples_that_a_network_was_trained_on_are_counted_in_another_split_of_the_same_data(
     trained_runs, outputs, capsys
 ):
-    said = said_of(outputs, f"run={trained_runs[0]}", "split=valid", "data=mnist")  # the first 5 000 of the same order
+    words = [*DATA, "data.valid_size=2000"]  # the first 2 000 of the order whose first 500 were valid, 1 000 then train
+    said = said_of(outputs, f"run={trained_runs[0]}", "split=valid", *words)
     assert said["trained_on"] == 1000
-    assert said["notes"] == ["mlp bn s0 was trained on 1,000 of these 5,000 samples"]
+    assert said["notes"] == ["mlp bn s0 was trained on 1,000 of these 2,000 samples"]
     assert f"note: {said['notes'][0]}\n" in capsys.readouterr().out
 
 
@@ -195,7 +196,7 @@ def test_what_is_not_known_is_told(trained_runs, outputs, tmp_path):
 
 
 def test_label_noise_in_the_samples_is_noted_with_the_accuracy_against_the_labels_without_it(trained_runs, outputs):
-    words = [f"run={trained_runs[0]}", "split=train", "data=mnist", "data.train_size=1000", "data.valid_size=500"]
+    words = [f"run={trained_runs[0]}", "split=train", *DATA, "data.train_size=1000", "data.valid_size=500"]
     clean, noisy = (
         json.loads((evaluate(settings(outputs, *words, f"data.label_noise={share}")) / "evaluation.json").read_text())
         for share in (0, 0.3)
@@ -219,12 +220,13 @@ def test_a_network_beside_itself_differs_in_nothing(trained_runs, outputs):
 
 def test_other_data_of_the_same_shape(trained_runs, outputs, tmp_path):
     raw_files = tmp_path / "FashionMNIST" / "raw"
-    shutil.copytree(configs.PROJECT / "data" / "MNIST" / "raw", raw_files)
+    shutil.copytree(DIGITS / "MNIST" / "raw", raw_files)
     from torchvision import datasets
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.FashionMNIST, "resources", datasets.MNIST.resources)
-        words = [f"run={trained_runs[0]}", "data=fashion_mnist", f"data.root={tmp_path}"]
+        words = [f"run={trained_runs[0]}", "data=fashion_mnist", f"data.root={tmp_path}", "data.num_train=4000"]
+        words += ["data.valid_size=500"]
         said = json.loads((evaluate(settings(outputs, *words)) / "evaluation.json").read_text())
     assert said["samples"] == "fashion_mnist, test split"
     assert said["acc"] == json.loads((trained_runs[0] / "result.json").read_text())["test_acc"]  # they are MNIST's

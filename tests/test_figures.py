@@ -1,11 +1,15 @@
 """What a figure shows is what was measured."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import SMALL, train_py
+from conftest import SMALL
 from matplotlib import rc_context, rcParams
 
 from gaplab import figures
+from gaplab.config import PROJECT
 
 NAMES = (
     "train/acc", "valid/acc", "train/acc_running", "gap/acc", "gap/acc_low", "gap/acc_high", "train/loss", "valid/loss"
@@ -128,7 +132,8 @@ def test_a_run_finishes_whatever_matplotlib_is_set_to(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "no such backend")
     small = [key for key in SMALL if key != "figures=false"]
-    done = train_py(*small, "trainer.max_epochs=1", f"paths.outputs={tmp_path}")
+    words = [*small, "trainer.max_epochs=1", f"paths.outputs={tmp_path}"]
+    done = subprocess.run([sys.executable, "src/train.py", *words], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "could not be drawn" not in done.stderr
     assert len(list(tmp_path.glob("runs/*/figures/*.png"))) == 4

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from gaplab import config as configs
-from gaplab.sweep import find_sweep
+from gaplab.finder import find_sweep
 
 SMALL = ["trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.precision=64-true", "optimizer=sgd"]
 SMALL += ["tracking=none", "figures=false", "seed=0,1", "data.batch_size=32"]
@@ -75,7 +75,7 @@ def swept(pictures, tmp_path_factory):
             words += [f"data.root={pictures}"] if "folder" in form else []
             patch.setattr(sys, "argv", ["train.py", "-m", *words])
             hydra.main(version_base="1.3", config_path=str(configs.PROJECT / "conf"), config_name="train")(print)()
-            jobs = sorted(find_sweep(outputs).glob("*/result.json"))
+            jobs = sorted(find_sweep(outputs, "latest", "sweep").glob("*/result.json"))
             known[form, launcher] = [json.loads(path.read_text()) for path in jobs]
         return known[form, launcher]
 
@@ -86,9 +86,13 @@ def swept(pictures, tmp_path_factory):
     get_reusable_executor().shutdown(wait=True)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if name != "basic"])
-@pytest.mark.parametrize("form", FORMS)
+FAST = [("a class of torchvision", "joblib"), ("a class of torchvision", "fused, one process")]
+PAIRS = [(form, launcher) for form in FORMS for launcher in LAUNCHERS if launcher != "basic"]
+
+
+@pytest.mark.parametrize(
+    ("form", "launcher"), [pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
+)
 def test_every_launcher_trains_on_every_form_of_data_with_the_numbers_of_the_basic_one(form, launcher, swept):
     expected, found = swept(form, "basic"), swept(form, launcher)
     assert [result["status"] for result in expected] == ["FINISHED"] * 2

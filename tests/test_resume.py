@@ -224,6 +224,23 @@ def test_a_run_is_held_by_one_process(tmp_path, undisturbed):
         launch.launch(composed(*RUN), tmp_path)
 
 
+def test_sigterm_ends_the_command_with_its_status_and_a_checkpoint(tmp_path: Path, monkeypatch):
+    step = Classifier.training_step
+
+    def told(self, chunk, batch_idx):
+        if self.current_epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, chunk, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", told)
+    done = train_py(*SMALL, f"paths.outputs={tmp_path}")
+    assert done.returncode == 143
+    assert done.stderr == "interrupted\n"
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "KILLED"
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["epoch"] == 1
+
+
 @pytest.mark.full
 def test_sigterm_ends_a_run_in_time_and_resume_goes_on_in_mlflow_too(tmp_path: Path, capsys):
     keys = ["trainer.max_epochs=60", "data.train_size=2000", "figures=false", "trainer.threads=1", "model.dropout=0.1"]

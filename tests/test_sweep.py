@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, train_py
+from conftest import DIGITS, assert_refused, train_py
 
 from gaplab import config as configs
 from gaplab import sweep
@@ -22,6 +22,7 @@ from gaplab.tracking.journal import read_journal
 
 JOBS = ["model.bn=false,true", "seed=0,1"]
 SMALL = ["trainer.max_epochs=2", "data.train_size=1500", "data.valid_size=500", "figures=false"]
+SMALL += [f"data.root={DIGITS}", "data.num_train=4000"]
 NUMBERS = ("train_acc", "valid_acc", "gap_acc", "train_loss", "valid_loss", "test_acc", "test_loss", "best")
 
 

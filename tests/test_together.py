@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, composed, train_py
+from conftest import DIGITS, assert_refused, composed, train_py
 
 from gaplab import config as configs
 from gaplab import fusing, interrupt, launch, sweep, trial, worker
@@ -21,6 +21,7 @@ from hydra_plugins import gaplab_fused
 
 SMALL = ["tracking=none", "figures=false", "data.train_size=400", "data.valid_size=200", "data.batch_size=64"]
 SMALL += ["trainer.max_epochs=2", "trainer.threads=1", "trainer.accelerator=cpu"]
+SMALL += [f"data.root={DIGITS}", "data.num_train=4000"]
 EXACT = ["trainer.precision=64-true"]
 FLOATS = ("train_loss", "valid_loss", "test_loss")
 COUNTS = (

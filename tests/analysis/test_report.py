@@ -4,13 +4,11 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import composed
+from conftest import composed, typed
 from rich.console import Console
 from synthetic import accuracies, noise
 
@@ -196,19 +194,15 @@ def test_no_known_metric_is_one_line(tmp_path: Path):
 
 
 def test_the_command_says_one_line_and_helps(tmp_path: Path):
-    def command(*words: str) -> "subprocess.CompletedProcess[str]":
-        script = configs.PROJECT / "src" / "report.py"
-        return subprocess.run([sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True)
-
-    wrong = command("margn=0.1")
+    wrong = typed("report", "margn=0.1", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert 'margn: no such key; did you mean "margin"?' in wrong.stderr
-    wrong = command("margin=-1")
+    wrong = typed("report", "margin=-1", cwd=tmp_path)
     assert wrong.stderr == "error: margin=-1.0: must be a number in (0, 1)\n"
-    wrong = command(f"paths.outputs={tmp_path}")
+    wrong = typed("report", f"paths.outputs={tmp_path}", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "no sweep in " in wrong.stderr
-    assert "margin=0.002" in command("--help").stdout
+    assert "margin=0.002" in typed("report", "--help", cwd=tmp_path).stdout
 
 
 def test_the_report_names_network_data_command_and_the_best_condition(tmp_path: Path, capsys):

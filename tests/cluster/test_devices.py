@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import composed, train_py
-from processes import of_gaplab, ranks_of, started
+from conftest import composed
+from processes import of_gaplab, ranks_of, started, train_py
 from ranks_forked import run_ranks
 from test_devices import ODD, farthest, trained  # type: ignore[import-not-found]
 

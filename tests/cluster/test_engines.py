@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import train_py
 from killing import differences, measured
+from processes import train_py
 from slurm import one_node, wait_until
 
 from gaplab import config as configs

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, train_py
+from conftest import assert_refused
 from generated import judge_commands
+from processes import train_py
 
 from gaplab import config as configs
 

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import composed, train_py
+from conftest import composed
 from PIL import Image
+from processes import train_py
 from scipy.io import savemat
 from torchvision import datasets
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import train_py
 from killing import differences, measured
+from processes import train_py
 
 from gaplab import config
 

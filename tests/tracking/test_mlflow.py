@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import composed
+from conftest import composed, typed
 
 from gaplab import config as configs
 from gaplab import launch
@@ -928,13 +928,12 @@ def test_sync_logs_a_model_from_any_folder(status: int, kept: bool, tmp_path, ml
 
 
 def test_sync_as_a_command(tmp_path: Path):
-    script = str(configs.PROJECT / "src" / "sync.py")
     for words, status, said in (
         (["--help"], 0, "paths.outputs="),
         ([f"paths.outputs={tmp_path}"], 0, "nothing to send"),
         (["paths.outputs=nowhere"], 2, f"error: paths.outputs={tmp_path}/nowhere: no such folder"),
     ):
-        done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+        done = typed("sync", *words, cwd=tmp_path)
         assert done.returncode == status
         assert said in (done.stdout if status == 0 else done.stderr)
         assert done.stderr.count("\n") == (status != 0)

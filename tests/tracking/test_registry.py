@@ -89,6 +89,7 @@ def test_its_card_has_the_figures_of_the_run(logged, model):
     assert configs.load(model[1] / "extra_files" / "config.yaml").model.dropout == 0.2
 
 
+@pytest.mark.full
 def test_it_needs_nothing_of_gaplab(model, tmp_path):
     program = (
         "import sys, torch, mlflow.pytorch\n"
