@@ -7,7 +7,7 @@ READY_CLUSTER := .venv-cluster/.ready
 READY_UI := .venv/.ready-ui
 PORT ?= 5000
 OUTPUTS ?= $(CURDIR)/outputs
-TESTS := -q -p no:cacheprovider --numprocesses 2 --dist loadfile --ignore=tests/faults --ignore=tests/cluster --ignore=tests/ui
+TESTS := -q -p no:cacheprovider --numprocesses 2 --dist worksteal --ignore=tests/faults --ignore=tests/cluster --ignore=tests/ui
 # a machine with a GPU has torch, and maybe no network: wheels/ brings the rest
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_SETUP = if ls wheels/*.whl >/dev/null 2>&1; then $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check \

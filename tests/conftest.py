@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +106,7 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # before pytest imports Hypothesis: trio, which selenium brings, is not found among what is frozen
 
 
-@cache
+@lru_cache(64)  # 0.3 MB each
 def _composed(overrides: tuple[str, ...]) -> Any:
     with initialize_config_dir(str(configs.PROJECT / "conf"), version_base="1.3"):
         return compose("train", list(overrides))

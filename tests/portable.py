@@ -35,7 +35,7 @@ VARIANTS = {
     **{f"seeds+{shift}": ({}, [*TRAINING, f"--seed-shift={shift}"]) for shift in range(1, 6)},
     "training-default": (DEFAULT, TRAINING),  # a part of the first, for .ci/run
 }
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=2", "--dist=loadfile"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=2", "--dist=worksteal"]
 
 
 def passes(name: str) -> bool:

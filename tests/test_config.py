@@ -176,6 +176,7 @@ def test_too_large_a_number_is_out_of_range():
     assert -(10**400) not in configs.Range(-1)
 
 
+@pytest.mark.full
 def test_generated_commands_train_or_are_refused_in_a_line(tmp_path):
     """`make test-faults` judges 600."""
     counts = judge_commands(12, tmp_path)

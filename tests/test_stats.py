@@ -60,12 +60,14 @@ def sweeps(bn: float, seed: int, count: int = 2000, seeds: int = 8, noise: float
 # simulated sweeps
 
 
+@pytest.mark.full
 def test_intervals_cover_the_truth_in_95_percent_of_sweeps():
     found = sweeps(bn=0.005, seed=0)
     for name, truth in {BN: 0.005, DROPOUT: 0.0, BOTH: 0.0}.items():
         assert 0.93 <= np.mean([sweep[name].low <= truth <= sweep[name].high for sweep in found]) <= 0.97
 
 
+@pytest.mark.full
 def test_at_most_5_percent_of_sweeps_without_any_effect_report_one():
     found = sweeps(bn=0.0, seed=1)
     wrong = np.mean([any(contrast.verdict == "real" for contrast in sweep.values()) for sweep in found])
