@@ -11,7 +11,7 @@ from conftest import SMALL, composed
 from killing import STAGES, die_at_stage, differences, run_forked, wait_for
 
 NETWORKS = {
-    "mlp": ["model=mlp", "optimizer=adam", "data.train_size=4000"],
+    "mlp": ["model=mlp", "optimizer=adam", "data.train_size=3000"],
     "cnn": ["model=cnn", "model.widths=[8,8]", "model.hidden_dims=[32]", "optimizer=sgd", "optimizer.lr=0.05"],
     "resnet": ["model=resnet", "model.depth=8", "model.widths=[4,8,8]", "optimizer=adamw", "data.train_size=600"],
 }
