@@ -95,7 +95,7 @@ def _give_memory_back() -> Iterator[None]:
     """Frees what a test leaves in cycles, such as a run's data set of 50 MB."""
     before = resident()
     yield
-    if resident() > before + 20e6:
+    if resident() > before + 5e6:
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # of files that a test left open
             gc.collect()
         ctypes.CDLL(None).malloc_trim(0)

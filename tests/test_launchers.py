@@ -86,7 +86,7 @@ def swept(pictures, tmp_path_factory):
     get_reusable_executor().shutdown(wait=True)
 
 
-FAST = [("a class of torchvision", "joblib")]
+FAST = [("a folder, cold cache", "joblib")]
 PAIRS = [(form, launcher) for form in FORMS for launcher in LAUNCHERS if launcher != "basic"]
 
 
