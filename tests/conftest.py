@@ -40,8 +40,13 @@ worker._keep_freed_memory = lambda: None  # a run's memory goes back; hundreds o
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to Ctrl-C
 
 
+HAVE_DIGITS = "GAPLAB_TEST_DIGITS" in os.environ  # from the process that started this one
+
+
 def some_digits() -> Path:
     """A folder with the first 4 000 training and 2 000 test pictures of MNIST: whole runs in a tenth of the memory."""
+    if HAVE_DIGITS:
+        return Path(os.environ["GAPLAB_TEST_DIGITS"])
     root = Path(tempfile.mkdtemp(prefix="gaplab-digits-"))
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -51,6 +56,7 @@ def some_digits() -> Path:
                 start = archive.read(head)
                 content = start[:4] + count.to_bytes(4, "big") + start[8:] + archive.read(count * size)
             (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    os.environ["GAPLAB_TEST_DIGITS"] = str(root)
     return root
 
 
@@ -102,7 +108,8 @@ def _give_memory_back() -> Iterator[None]:
 
 
 def pytest_sessionfinish() -> None:
-    shutil.rmtree(DIGITS)
+    if not HAVE_DIGITS:
+        shutil.rmtree(DIGITS)
     gc.unfreeze()  # before pytest imports Hypothesis: trio, which selenium brings, is not found among what is frozen
 
 
