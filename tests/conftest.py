@@ -37,6 +37,7 @@ configs.register()
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)  # of the processes that tests start
 worker._keep_freed_memory = lambda: None  # a run's memory goes back; hundreds of tests share a process
+ctypes.CDLL(None).mallopt(worker.M_MMAP_THRESHOLD, 2**20)  # at once; the C library would keep ever larger blocks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started deaf to Ctrl-C
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, assert_refused, train_py
+from conftest import DIGITS, assert_refused, sent, train_py
 
 from gaplab import config as configs
 from gaplab import sweep
@@ -60,6 +60,7 @@ def resumed(tmp_path_factory):
     first = results(folder)
     finished = {name: result["fit_s"] for name, result in first.items() if result["status"] != "RUNNING"}
     done = train_py("-m", f"paths.outputs={outputs}", "sweep.resume=latest")
+    sent(folder)
     return outputs, folder, finished, done
 
 

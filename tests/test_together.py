@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, assert_refused, composed, train_py
+from conftest import DIGITS, assert_refused, composed, sent, train_py
 
 from gaplab import config as configs
 from gaplab import fusing, interrupt, launch, sweep, trial, worker
@@ -276,6 +276,7 @@ def test_a_sweep_is_fused_by_one_word(tmp_path):
     assert "4 runs: one by one, for trainer.deterministic=true" in done.stdout
     assert "hydra/launcher=fused hydra.launcher.replicas=4 hydra.launcher.n_jobs=1" in done.stdout
     (folder,) = (tmp_path / "sweeps").iterdir()
+    sent(folder)
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import composed, typed
+from conftest import composed, sent, typed
 
 from gaplab import config as configs
 from gaplab import launch
@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert list(elsewhere.iterdir()) == []
     (folder,) = (home / "runs").iterdir()
+    sent(folder)
     return done, home, folder
 
 

@@ -125,11 +125,11 @@ def stage_valid(monkeypatch):
 
 
 def test_the_train_split_is_evaluated_when_asked_after_the_last_and_for_the_best_epoch(run, stage_valid):
-    words = ["trainer.max_epochs=7", "data.label_noise=0.2", "model.bn=true", "figures=true"]
+    words = ["trainer.max_epochs=7", "data.label_noise=0.2", "model.bn=true"]
     stage_valid(100, 200, 300, 250, 400, 350, 300)
     every, every_folder = run(*words)
     stage_valid(100, 200, 300, 250, 400, 350, 300)
-    result, folder = run(*words, "metrics.train_every=3")
+    result, folder = run(*words, "metrics.train_every=3", "figures=true")
     best = result["best"]["epoch"]
     assert best == 5
     for name in ("train/acc", "train/loss", "gap/acc", "gap/acc_low", "gap/acc_high", "gap/loss"):
