@@ -12,15 +12,11 @@ sys.path.append(str(Path(__file__).parent))
 import kit
 
 NEED_A_GPU = ["out_of_memory", "memory", "two_ranks", "nccl"]
-SLOW = ["training", "fused", "killed"]  # 6 s and more; one takes 200 MB
 NAMES = {function.__name__: function for _, function in kit.CHECKS}
 BENCHMARKS = kit.PROJECT / "benchmarks"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.full if name in SLOW else ()) for name in NAMES if name not in NEED_A_GPU],
-)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_A_GPU])
 def test_a_check_passes_on_the_cpu(name, tmp_path):
     assert NAMES[name](kit.Kit(True, tmp_path))
 
