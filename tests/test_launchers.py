@@ -86,13 +86,11 @@ def swept(pictures, tmp_path_factory):
     get_reusable_executor().shutdown(wait=True)
 
 
-FAST = [("a folder, cold cache", "joblib")]
 PAIRS = [(form, launcher) for form in FORMS for launcher in LAUNCHERS if launcher != "basic"]
 
 
-@pytest.mark.parametrize(
-    ("form", "launcher"), [pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("form", "launcher"), PAIRS)
 def test_every_launcher_trains_on_every_form_of_data_with_the_numbers_of_the_basic_one(form, launcher, swept):
     expected, found = swept(form, "basic"), swept(form, launcher)
     assert [result["status"] for result in expected] == ["FINISHED"] * 2

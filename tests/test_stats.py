@@ -41,7 +41,7 @@ def at_most(probability: float, trials: int) -> float:
 
 
 @cache
-def sweeps(bn: float, seed: int, count: int = 2000, seeds: int = 8, noise: float = 0.004) -> list[dict]:
+def sweeps(bn: float, seed: int, count: int = 600, seeds: int = 8, noise: float = 0.004) -> list[dict]:
     """Verdicts on simulated 2 x 2 sweeps: `bn` is the only true effect; the seeds share noise twice as large."""
     rng = np.random.default_rng(seed)
     values = 0.97 + rng.normal(0, 2 * noise, (count, 1, 1, seeds)) + rng.normal(0, noise, (count, 2, 2, seeds))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DIGITS, assert_refused, sent, train_py
+from processes import Forked
 
 from gaplab import config as configs
 from gaplab import sweep
@@ -24,11 +24,6 @@ JOBS = ["model.bn=false,true", "seed=0,1"]
 SMALL = ["trainer.max_epochs=2", "data.train_size=1500", "data.valid_size=500", "figures=false"]
 SMALL += [f"data.root={DIGITS}", "data.num_train=4000"]
 NUMBERS = ("train_acc", "valid_acc", "gap_acc", "train_loss", "valid_loss", "test_acc", "test_loss", "best")
-
-
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    script = configs.PROJECT / "src" / "train.py"
-    return subprocess.Popen([sys.executable, str(script), "-m", *arguments], stdout=subprocess.PIPE, text=True)
 
 
 def wait_until(condition, seconds: float = 90) -> None:
@@ -47,14 +42,14 @@ def resumed(tmp_path_factory):
     """A sweep of four jobs, one of which cannot be finished, killed in its second job and gone on with."""
     outputs = tmp_path_factory.mktemp("outputs")
     arguments = [*SMALL, f"paths.outputs={outputs}", *JOBS, "optimizer.lr=0.001,1e30", "trainer.max_epochs=3"]
-    process = start(*arguments)
+    process = Forked("-m", *arguments)
 
     def in_second_job() -> bool:
         done = list(outputs.glob("sweeps/*/1_*/splits.npz"))
         return bool(done)
 
     wait_until(in_second_job)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     (folder,) = (outputs / "sweeps").iterdir()
     first = results(folder)

@@ -23,6 +23,15 @@ from gaplab.tracking.journal import append, read_journal
 GRID = [("mnist", bn, dropout) for bn in ("false", "true") for dropout in ("0", "0.5")]
 
 
+@pytest.fixture(autouse=True)
+def _few_figures(monkeypatch):
+    """One of a dozen takes a tenth of the time; tests/analysis/test_figures.py draws them all."""
+    from gaplab.analysis import figures
+
+    drawings = figures.drawings
+    monkeypatch.setattr(figures, "drawings", lambda *words: dict(list(drawings(*words).items())[:1]))
+
+
 def write_sweep(outputs: Path, name: str, grid=GRID, seeds=range(6), claim: str | None = None) -> Path:
     """A sweep's folder as its jobs leave it, without training."""
     folder = outputs / "sweeps" / name
@@ -31,11 +40,12 @@ def write_sweep(outputs: Path, name: str, grid=GRID, seeds=range(6), claim: str 
         first = composed(
             f"data={data}", f"model.bn={bn}", f"model.dropout={dropout}", f"sweep.claim={claim or 'null'}"
         )  # fmt: skip
+        text = configs.to_yaml(first)
         for seed in seeds:
             config = replace(first, seed=seed)
             job = folder / f"{len(jobs)}_{data}_{bn}_{dropout}_{seed}"
             job.mkdir(parents=True)
-            (job / "config.yaml").write_text(configs.to_yaml(config))
+            (job / "config.yaml").write_text(configs.SEED.sub(f"seed: {seed}", text))
             gap = 0.03 - 0.01 * (dropout == "0.5") - 0.005 * (bn == "true") + 0.0003 * noise(bn, dropout, seed)
             metrics = accuracies(0.99, 0.99 - gap) | {"test/acc": 0.97}
             events = [
@@ -75,7 +85,8 @@ def settings(outputs: Path, **keys) -> configs.Report:
     return configs.Report(paths=configs.Paths(str(outputs)), **keys)
 
 
-def test_a_report_is_written_beside_the_newest_sweep(tmp_path: Path, capsys):
+def test_a_report_is_written_beside_the_newest_sweep(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.undo()  # all figures
     write_sweep(tmp_path, "2026-01-01_00-00-00_old_000000", seeds=[0])
     newest = write_sweep(tmp_path, "2026-01-02_00-00-00_new_000000", claim="overfitting")
     folder = report(settings(tmp_path))

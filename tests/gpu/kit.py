@@ -192,7 +192,8 @@ def training(kit: Kit) -> str:
     seen = []
     for name in NETWORKS:
         words = [*NETWORKS[name], "model.bn=true", "trainer.precision=64-true", "trainer.max_epochs=1"]
-        words += ["data.train_size=160", "data.valid_size=80", "optimizer=sgd", "optimizer.lr=0.01"]
+        words += ["data.train_size=64" if kit.dry else "data.train_size=160", "data.valid_size=80"]
+        words += ["data.batch_size=32", "optimizer=sgd", "optimizer.lr=0.01"]
         here, folder = kit.run(*words)
         there, other = kit.run(*words, accelerator="cpu")
         assert here["valid_acc"] == there["valid_acc"]

@@ -3,11 +3,12 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from conftest import composed, sent, typed
 
 from gaplab import config as configs
 from gaplab import launch
-from gaplab.config import Tracking
+from gaplab.config import MLflow, Tracking
 from gaplab.errors import TrainingError, UserError
 from gaplab.notes import NOTE
 from gaplab.tracking import dashboard
@@ -34,7 +35,6 @@ def finished(tmp_path_factory):
     """One short run as a person starts it, from another folder, with MLflow."""
     home = tmp_path_factory.mktemp("outputs")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    script = configs.PROJECT / "src" / "train.py"
     arguments = [
         "model.bn=true",
         "trainer.max_epochs=2",
@@ -43,12 +43,7 @@ def finished(tmp_path_factory):
         "tracking.log_model=false",
         "+tracking.tags.who=test",
     ]
-    done = subprocess.run(
-        [sys.executable, str(script), f"paths.outputs={home}", *arguments],
-        cwd=elsewhere,
-        capture_output=True,
-        text=True,
-    )
+    done = typed("train", f"paths.outputs={home}", *arguments, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert list(elsewhere.iterdir()) == []
     (folder,) = (home / "runs").iterdir()
@@ -146,19 +141,16 @@ def test_mlflow_has_the_data_set_and_the_artifacts(run_in_mlflow):
 
 
 def test_the_rest_is_sent_when_the_writer_dies(tmp_path: Path):
-    code = (
-        "import os, sys; sys.path[:0] = [os.environ['SRC']]\n"
-        "from pathlib import Path; from gaplab.config import MLflow; from gaplab.tracking.journal import Tracker\n"
-        f"t = Tracker(Path({str(tmp_path)!r}), MLflow(uri='sqlite:///{tmp_path}/mlflow.db'), 'killed', {{}})\n"
-        "t.metrics({'train/acc': 0.5}, 1); print(t._sender.pid, flush=True); os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"SRC": str(configs.PROJECT / "src")},
-        capture_output=True,
-        text=True,
-    )
-    sender = int(done.stdout)
+    def write_and_die() -> None:
+        tracker = Tracker(tmp_path, MLflow(uri=f"sqlite:///{tmp_path}/mlflow.db"), "killed", {})
+        tracker.metrics({"train/acc": 0.5}, 1)
+        (tmp_path / "sender").write_text(str(tracker._sender.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    writer = multiprocessing.get_context("fork").Process(target=write_and_die)
+    writer.start()
+    writer.join()
+    sender = int((tmp_path / "sender").read_text())
     deadline = time.monotonic() + 60
     while Path(f"/proc/{sender}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

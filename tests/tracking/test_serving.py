@@ -5,18 +5,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
+import uvicorn
 from conftest import SMALL, assert_refused, composed, put_into_mlflow, typed
 
 from gaplab import config as configs
 from gaplab import export, launch
 from gaplab.config import Serve
 from gaplab.errors import UserError
-from gaplab.tracking.registry import Registry
+from gaplab.tracking.registry import Registry, download
 from gaplab.tracking.server import check_port
 from gaplab.tracking.serving import serve
 from gaplab.trained import load_run
@@ -40,15 +43,33 @@ def champion(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(champion):
-    """The port of a server as `make serve` starts it; asserts that nothing is left of it."""
+def server(champion, tmp_path_factory):
+    """The port of MLflow's scoring server with the champion, in a thread."""
+    from mlflow.pyfunc import load_model
+    from mlflow.pyfunc.scoring_server import init
+
+    port = free_port()
+    path, _ = download(Serve.model_uri, f"sqlite:///{champion}/mlflow.db", tmp_path_factory.mktemp("model"))
+    one = uvicorn.Server(uvicorn.Config(init(load_model(str(path))), port=port, log_level="error"))
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    while not one.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield port
+    one.should_exit = True
+    thread.join()
+
+
+@pytest.mark.full
+def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(champion, digits):
     port = free_port()
     command = [sys.executable, str(configs.PROJECT / "src" / "serve.py"), f"paths.outputs={champion}", f"port={port}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     said = process.stdout.readline()
     assert f"http://127.0.0.1:{port}/invocations; pictures are uint8 of shape [-1, 1, 28, 28]" in said
-    yield port
+    assert ask(port, inputs(digits[0][:1].tolist()))[0] == 200
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted\n")
