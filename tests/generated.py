@@ -282,7 +282,10 @@ def names_a_key(line: str, words: list[str]) -> bool:
     groups = "|".join([*configs.SCHEMAS, "sweep", "paths", "hydra"])
     return (
         bool(re.search(rf"\b(({groups})[./][\w@]|seed|name|figures|allowed_targets)", line))
-        or any((name or "''") in line for name in typed)
+        or any(
+            (name or "''") in line or (name.partition("@")[2] and f"@{name.partition('@')[2]}: " in line)
+            for name in typed
+        )
         or "not understood" in line
     )
 

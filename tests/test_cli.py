@@ -29,6 +29,7 @@ BAD = {
     "trainer=ddp data.batch_size=2 model.bn=true": "data.batch_size=2: BatchNorm needs 2 samples on each of 2 devices",
     "trainer=ddp trainer.accelerator=cpu trainer.sync_batchnorm=true": "trainer.sync_batchnorm=true: needs GPUs; on ",
     "trainer.sync_batchnorm=maybe": "trainer.sync_batchnorm=maybe: must be auto, true or false",
+    "+schema@x=Adam": "@x: no such part of the config; a group goes to its own",
     "model.bn=2": "model.bn=2: must be true or false",
     "-m model.bn=0,1,2": "model.bn=0,1,2: must be true or false",
     "--cfg job model.dropout=2": "model.dropout=2.0: must be a number in [0, 1)",

@@ -392,6 +392,8 @@ def _words_for(error: BaseException) -> str:
         key, _, value = (error.override or "").partition("=")
         quoted = f": {shlex.quote(f'{key}={_as_text(value)}')}" if value and not FUNCTION.fullmatch(value) else ""
         return f"{error.override}: not understood; expected key=value, quoted where Hydra or the shell needs it{quoted}"
+    if place := re.search(r"raised while composing config:\s*Key '(.+)' not in 'Config'", str(error)):
+        return f"@{place[1]}: no such part of the config; a group goes to its own, as model=cnn to model"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__

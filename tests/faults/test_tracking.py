@@ -289,7 +289,7 @@ def test_trouble_with_the_server_costs_seconds_and_no_data(case: str, proxy: Pro
         name: value for name, value in expected.items() if name not in TIMES
     }
     assert error == "" or (error.startswith("MLflow does not have the whole run") and error.count("\n") == 1)
-    with FileLock(folder / ".mlflow.lock", timeout=120):  # until its sender is done
+    with FileLock(folder / ".mlflow.lock", timeout=300):  # until its sender is done
         pass
     if needs_sync:
         assert "python src/sync.py" in error

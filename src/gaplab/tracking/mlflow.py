@@ -251,6 +251,7 @@ class Sender:
         """In a process of its own: it needs torch, and the config of the run names classes."""
         command = [sys.executable, "-m", "gaplab.export", str(folder), run_id, ",".join(self._allowed_targets)]
         environment = of_child() | {"MLFLOW_TRACKING_URI": self._uri}
+        environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "3"  # a lost answer costs a request there, not all of it
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
