@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +137,9 @@ def fork_ranks(outputs: Path, *words: str, failing: int | None = None) -> list[i
                         raise ValueError("no such thing")
 
                     worker.train = fail
+                    waited = outputs / f"rank{rank}.waited"
+                    clock = vars(time) | {"sleep": lambda seconds, path=waited: path.write_text(str(seconds))}
+                    torchrun.time = SimpleNamespace(**clock)
                 with (outputs / f"rank{rank}.out").open("w") as output:
                     os.dup2(output.fileno(), 1)
                     os.dup2(output.fileno(), 2)
@@ -171,6 +176,7 @@ def test_the_first_rank_names_the_one_that_failed(tmp_path):
     error = (tmp_path / "rank0.error").read_text()
     assert error.startswith("TrainingError: rank 1: ValueError: no such thing")
     assert not (tmp_path / "rank1.error").exists()
+    assert float((tmp_path / "rank1.waited").read_text()) >= 10  # for torchrun ends all with the first that ends
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "FAILED"

@@ -40,7 +40,7 @@ from gaplab.run import Run
 
 POLL_S = 0.05
 GRACE_S = 3.0  # that the other ranks have after a first one failed
-SPEAKING_S = 10.0  # that a silent rank with an error leaves to the one of its machine that names it
+SPEAKING_S = 30.0  # that a silent rank with an error leaves to the one that names it, whose end ends it
 STOP_WAIT_S = 30.0  # for a checkpoint, after a signal
 PR_SET_PDEATHSIG = 1  # prctl.h
 SIOCGIFADDR = 0x8915  # sockios.h
@@ -286,7 +286,8 @@ def follow(config: Config) -> None:
 
                 run = Run(config, folder, Tracker.of_rank(None), result, time.perf_counter(), Console(file=nowhere))
                 worker.train(run, ranks)
-        except Exception as error:  # the first rank names it
+        except Exception as error:  # the first rank names it, and torchrun ends that one when this one ends
+            time.sleep(SPEAKING_S)
             sys.exit(2 if isinstance(error, UserError) else 1)
 
 
