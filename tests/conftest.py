@@ -225,8 +225,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """2 000 training images of MNIST, uint8 (N, 1, 28, 28), and their labels."""
     from torchvision.datasets import MNIST
 
-    mnist = MNIST(configs.PROJECT / "data", download=True)
-    return mnist.data[:2000].unsqueeze(1).clone(), mnist.targets[:2000].clone()  # of 60 000
+    mnist = MNIST(DIGITS)
+    return mnist.data[:2000].unsqueeze(1), mnist.targets[:2000]
 
 
 @pytest.fixture

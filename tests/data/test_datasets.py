@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import composed
+from conftest import DIGITS, SMALL, composed
 from PIL import Image, ImageOps
 from scipy.io import savemat
 from torch.utils.data import Dataset
@@ -133,7 +133,7 @@ def test_any_data_set_of_pictures_is_read_one_by_one():
 @pytest.fixture
 def digits_on_disk(tmp_path, monkeypatch):
     """The root of 400 + 100 pictures of MNIST in its own format, small enough to be read one by one."""
-    whole = datasets.MNIST(PROJECT / "data", download=True)
+    whole = datasets.MNIST(DIGITS)
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, place in (("train", slice(400)), ("t10k", slice(400, 500))):
@@ -310,18 +310,18 @@ def test_parts_that_do_not_match_are_refused(tmp_path, classes, side, reason):
 
 
 def test_statistics_come_from_the_train_split_alone():
-    data = build_datamodule(composed("data.train_size=500").data, seed=0)
+    data = build_datamodule(composed(*SMALL, "data.train_size=500").data, seed=0)
     train = data.splits["train"]
     pixels = train.source.pixels[train.indices].double() / 255
     torch.testing.assert_close(data.mean, pixels.mean((0, 2, 3)), rtol=0, atol=1e-12)
     torch.testing.assert_close(data.std, pixels.std((0, 2, 3), correction=0), rtol=0, atol=1e-12)
-    centred = build_datamodule(composed("data.train_size=500", "data.normalize=center").data, seed=0)
+    centred = build_datamodule(composed(*SMALL, "data.train_size=500", "data.normalize=center").data, seed=0)
     assert torch.equal(centred.mean, data.mean)
     assert centred.std.tolist() == [1.0]
 
 
 def test_a_sample_is_the_same_pictures_every_time_spread_over_the_split():
-    data = build_datamodule(composed("data.train_size=700", "data.valid_size=100").data, seed=0)
+    data = build_datamodule(composed(*SMALL, "data.train_size=700", "data.valid_size=100").data, seed=0)
     train = data.splits["train"]
     assert torch.equal(data.sample("train", 70), train.source.pixels[train.indices[::10]])
     assert torch.equal(data.sample("train", 70), data.sample("train", 70))
@@ -330,7 +330,7 @@ def test_a_sample_is_the_same_pictures_every_time_spread_over_the_split():
 
 def test_splits_of_an_earlier_attempt_are_kept_and_others_end_the_run(tmp_path):
     keys = ["data.train_size=100", "data.valid_size=50"]
-    data, other = (build_datamodule(composed(*keys).data, seed) for seed in (0, 1))
+    data, other = (build_datamodule(composed(*SMALL, *keys).data, seed) for seed in (0, 1))
     path = tmp_path / "splits.npz"
     data.save_splits(path)
     first = path.read_bytes()
@@ -348,10 +348,10 @@ def test_splits_of_an_earlier_attempt_are_kept_and_others_end_the_run(tmp_path):
 
 def test_every_sample_of_each_split_is_read_once():
     data = build_datamodule(
-        composed("data.train_size=1001", "data.valid_size=333", "data.label_noise=0.5").data, seed=0
+        composed(*SMALL, "data.train_size=1001", "data.valid_size=333", "data.label_noise=0.5").data, seed=0
     )
     labels = {name: torch.cat([labels for _, labels in data.batches(name)]) for name in data.splits}
-    assert {name: len(found) for name, found in labels.items()} == {"train": 1001, "valid": 333, "test": 10000}
+    assert {name: len(found) for name, found in labels.items()} == {"train": 1001, "valid": 333, "test": 2000}
     trained = torch.cat([labels for chunk in data.train_dataloader() for _, labels in chunk])
     assert torch.bincount(trained).tolist() == torch.bincount(labels["train"]).tolist()  # the noise is in both
     clean = data.splits["train"].source.labels[data.splits["train"].indices]
