@@ -14,6 +14,7 @@ from gaplab import config
 
 STARTS = 16
 RUN = ["trainer.max_epochs=1", "data.train_size=500", "data.valid_size=200", "figures=false", "trainer.threads=1"]
+RUN += ["tracking.log_model=false"]  # 80 exports would take most of the time
 
 
 def typed(outputs: Path) -> list[int]:
